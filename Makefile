@@ -1,0 +1,35 @@
+# Set-up is part of every target: a fresh machine needs nothing but Python 3.11+ and make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test fast slow lint docs figures clean
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/ready    ## train the bundled character on the embedded base and look at it
+	$(BIN)/sdlora train --config configs/demo.toml --out runs/demo
+
+test: fast slow      ## all tests
+
+fast: .venv/ready
+	$(BIN)/python -m pytest -q -m 'not slow' --durations=5
+
+slow: .venv/ready
+	$(BIN)/python -m pytest -q -m slow --durations=5
+
+lint: .venv/ready    ## ruff, and mypy in strict mode over sdlora and webui
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/ready    ## write docs/settings.md and its JSON Schema from the settings' own fields
+	$(BIN)/python tools/make_docs.py
+
+figures: .venv/ready ## measure what is learnt on the embedded base (docs/measured.md)
+	$(BIN)/python bench/learning.py
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,226 @@
+"""The contract of an adapter kind, and how adapters are put on a frozen model, routed, and taken off again.
+
+A `Bank` holds any number of adapters over one base. Every adapted layer becomes a `Site`: the frozen layer and, for each adapter that
+sits on it, a `Delta`. Which adapter acts on which sample of a batch, and how strongly, is the bank's `Route`, set before a forward.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from types import ModuleType
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sdlora.errors import UserError
+from sdlora.lookup import nearest
+from sdlora.settings import Settings
+
+
+class Delta(nn.Module):
+    """What one adapter changes at one layer; a kind subclasses it as `Adapter`.
+
+    Constructed as `Adapter(layer, config, rng)`, where `rng` gives all random numbers of its start.
+    """
+
+    start: ClassVar[Literal["exact", "rounding", "gated"]] = "exact"
+    """Whether the adapted layer starts as the layer itself: bit for bit, up to rounding, or through a gate at zero."""
+    merges: ClassVar[bool] = True
+    """Whether `merged` gives a ΔW that does the same as the adapter."""
+
+    def change(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """What is added, at strength 1, to the layer's output `y` for its input `x`."""
+        raise NotImplementedError
+
+    def merged(self, layer: nn.Module) -> Tensor | None:
+        """ΔW in the shape of the layer's weight, float32; None if the kind has none."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of this layer in a pack, by the leaf names that readers of packs know."""
+        raise NotImplementedError
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` gave; raises `ValueError` when the names or shapes don't fit."""
+        raise NotImplementedError
+
+    @classmethod
+    def mixed(cls, deltas: "Sequence[tuple[int, Delta]]", layer: nn.Module, x: Tensor, y: Tensor, route: "Route") -> Tensor:
+        """The layer's output under several adapters, given as (slot, delta); a kind with a faster way overrides this loop."""
+        for slot, delta in deltas:
+            rows, strength = route.rows(slot, len(x))
+            if rows is None:
+                y = y + wide(strength, y) * delta.change(layer, x, y)
+            elif len(rows):
+                part = wide(strength, y) * delta.change(layer, x[rows], y[rows])
+                y = y.index_add(0, rows, part.to(y.dtype))
+        return y
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which adapters act on which samples of a batch.
+
+    `index` (B,) names the one slot of each sample and `strength` is (B,) or (1,); without `index` every slot acts on every sample and
+    `strength` is (K,) or (B, K).
+    """
+
+    strength: Tensor
+    index: Tensor | None = None
+
+    def rows(self, slot: int, batch: int) -> tuple[Tensor | None, Tensor]:
+        """The samples that a slot acts on (None: all of them) and its strength on them: (n,) or (1,)."""
+        if self.index is None:
+            return None, self.strength[..., slot].reshape(-1)
+        rows = (self.index == slot).nonzero()[:, 0]
+        strength = self.strength if len(self.strength) == 1 else self.strength[rows]
+        return (None, strength) if len(rows) == batch else (rows, strength)
+
+    def repeated(self, times: int) -> "Route":
+        """The route of the batch laid `times` times behind itself, as guidance needs it."""
+        strength = self.strength
+        if self.index is None:
+            return Route(strength.repeat(times, 1) if strength.ndim == 2 else strength)
+        return Route(strength if len(strength) == 1 else strength.repeat(times), self.index.repeat(times))
+
+
+def wide(strength: Tensor, like: Tensor) -> Tensor:
+    """Strengths (B,) or (1,) in the shape that multiplies a batch (B, ...)."""
+    return strength.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+class Site(nn.Module):
+    """A frozen layer with the deltas that sit on it; without a route it is the layer, bit for bit."""
+
+    def __init__(self, layer: nn.Module, bank: "Bank") -> None:
+        super().__init__()
+        self.layer = layer
+        self.deltas = nn.ModuleDict()  # by adapter name
+        self._bank = [bank]  # in a list, so that it is no submodule
+
+    @property
+    def weight(self) -> Any:
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        bank = self._bank[0]
+        if bank.route is None:
+            return y
+        by_kind: dict[type[Delta], list[tuple[int, Delta]]] = {}
+        for slot, name in enumerate(bank.adapters):
+            delta = dict(self.deltas.items()).get(name)
+            if isinstance(delta, Delta):
+                by_kind.setdefault(type(delta), []).append((slot, delta))
+        for kind, deltas in by_kind.items():
+            y = kind.mixed(deltas, self.layer, x, y, bank.route)
+        return y
+
+
+@dataclass
+class Bank:
+    """The adapters over one base. `layers` finds a frozen layer by its full dotted name, `unet.` or `text_encoder.` first."""
+
+    components: Mapping[str, nn.Module]
+    adapters: list[str] = field(default_factory=list)  # the slot of an adapter is its place in this list
+    sites: dict[str, Site] = field(default_factory=dict)
+    route: Route | None = None
+
+    def add(self, name: str, kind: ModuleType, config: Settings, names: Sequence[str], rng: Any) -> None:
+        """Put a new adapter on the layers called `names`; `rng(layer name)` gives the random stream of each."""
+        if name in self.adapters:
+            raise UserError("E-ADAPT-02", f'there is already an adapter called "{name}" on this base')
+        for dotted in names:
+            site = self.sites.get(dotted) or self._adapt(dotted)
+            site.deltas[name] = kind.Adapter(site.layer, config, rng(dotted))
+        self.adapters.append(name)
+
+    def remove(self, name: str) -> None:
+        """Take an adapter off; layers that carry none any more are the base's own again."""
+        self.adapters.remove(name)
+        self.route = None
+        for dotted, site in list(self.sites.items()):
+            if name in site.deltas:
+                del site.deltas[name]
+            if not site.deltas:
+                self._replace(dotted, site.layer)
+                del self.sites[dotted]
+
+    def eject(self) -> None:
+        """Take every adapter off."""
+        for name in list(self.adapters):
+            self.remove(name)
+
+    def use(self, strengths: Mapping[str, float | Tensor] | None) -> None:
+        """Let the named adapters act on every sample at a strength, a number or one per sample (B,); None or all zero: the base."""
+        chosen = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in (strengths or {}).items()}
+        if not any(bool(value.any()) for value in chosen.values()):
+            self.route = None
+            return
+        rows = max((value.numel() for value in chosen.values()), default=1)
+        columns = [chosen.get(name, torch.zeros(())).expand(rows) for name in self.adapters]
+        self.route = Route(torch.stack(columns, 1))
+
+    def deltas(self, name: str) -> Iterator[tuple[str, nn.Module, Delta]]:
+        """(full layer name, layer, delta) of one adapter."""
+        for dotted, site in self.sites.items():
+            if name in site.deltas:
+                delta = site.deltas[name]
+                assert isinstance(delta, Delta)
+                yield dotted, site.layer, delta
+
+    def parameters(self, name: str, component: str = "") -> dict[str, nn.Parameter]:
+        """The trainable parameters of one adapter (in one component), by full name."""
+        found: dict[str, nn.Parameter] = {}
+        for dotted, _, delta in self.deltas(name):
+            if dotted.startswith(component):
+                found |= {f"{dotted}.{leaf}": p for leaf, p in delta.named_parameters()}
+        return found
+
+    def merge(self, name: str, strength: float = 1.0) -> None:
+        """Add ΔW into the base's weights, so that inference costs nothing; the adapter is taken off."""
+        with torch.no_grad():
+            for dotted, layer, delta in self.deltas(name):
+                change = delta.merged(layer)
+                if change is None:
+                    raise UserError("E-ADAPT-03", "this kind of adapter cannot be merged into the base", dotted)
+                weight: Tensor = layer.weight  # type: ignore[assignment]
+                weight.copy_(weight.float() + strength * change)
+        self.remove(name)
+
+    def _adapt(self, dotted: str) -> Site:
+        layer = self._parent(dotted).get_submodule(dotted.rpartition(".")[2])
+        site = Site(layer, self)
+        self._replace(dotted, site)
+        self.sites[dotted] = site
+        return site
+
+    def _replace(self, dotted: str, module: nn.Module) -> None:
+        setattr(self._parent(dotted), dotted.rpartition(".")[2], module)
+
+    def _parent(self, dotted: str) -> nn.Module:
+        component, _, path = dotted.partition(".")
+        return self.components[component].get_submodule(path.rpartition(".")[0])
+
+
+def choose_sites(layers: Mapping[str, nn.Module], targets: Sequence[str], presets: Mapping[str, Sequence[str]]) -> list[str]:
+    """Names of the layers that the targets mean, in the model's order; a target is a preset's name or a pattern (`unet.*.to_k`)."""
+    chosen: set[str] = set()
+    for target in targets:
+        for pattern in presets.get(target, [target]):
+            found = {name for name in layers if fnmatchcase(name, pattern)}
+            if not found:
+                hint = nearest(target, [*presets, *layers])
+                raise UserError(
+                    "E-ADAPT-01",
+                    f'"{target}" matches no layer that this kind of adapter fits{hint}',
+                    "adapter.targets",
+                    f"presets: {', '.join(presets)}; or a pattern over names such as {next(iter(layers))}",
+                )
+            chosen |= found
+    return [name for name in layers if name in chosen]

@@ -1,0 +1,110 @@
+"""What the command line and the web page call; also the Python interface.
+
+for event in api.train(api.settle({"data": {"folder": "my-pictures"}, "name": "mira"}), Path("runs/mira")):
+    print(event)
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sdlora import config, family, job, pictures, safeio, settings
+from sdlora.config import Run
+from sdlora.errors import UserError
+from sdlora.generate import Recipe
+from sdlora.job import Event
+from sdlora.packs import file
+from sdlora.packs.file import Pack
+from sdlora.studio import Studio, parse_pack, parse_scale
+
+__all__ = [
+    "Event",
+    "Pack",
+    "Recipe",
+    "Run",
+    "Studio",
+    "UserError",
+    "grid",
+    "open_pack",
+    "open_studio",
+    "parse_pack",
+    "parse_scale",
+    "png_bytes",
+    "read_settings",
+    "save_picture",
+    "settings_text",
+    "settle",
+    "train",
+]
+
+
+def read_settings(path: Path | None, assignments: Sequence[str]) -> dict[str, Any]:
+    """The tables of a TOML file with `a.b=c` assignments laid over them."""
+    table = settings.read(path) if path else {}
+    for assignment in assignments:
+        settings.override(table, assignment)
+    return table
+
+
+def settle(table: dict[str, Any], source: object = "") -> Run:
+    """A run with every setting checked and filled in. Raises `UserError` for what is misspelt or cannot be."""
+    run = config.parse(table, source)
+    if not run.name and run.data.folder:
+        run = config.parse({**table, "name": _name_of(Path(run.data.folder))}, source)
+    if not run.name:
+        raise UserError("E-CONF-07", "the run has no name, and no folder to take one from", "name", "add --name NAME")
+    return config.resolve(run, family.find(run.base).row)
+
+
+def train(run: Run, out: Path) -> Iterator[Event]:
+    """Train a settled run into a folder, or go on with it. The pack is `out/NAME.safetensors` when `done` comes."""
+    return job.run(run, family.find(run.base), out)
+
+
+def open_pack(path: Path) -> Pack:
+    """Read a pack; `UserError` if it is none."""
+    return file.load(path)
+
+
+def open_studio(packs: Sequence[Pack] = (), base: str = "") -> Studio:
+    """Load a base (by default the first pack's own, else `tiny`) and put the packs on it, in order, all at scale 0."""
+    named = base or next((pack.base for pack in packs if pack.base), "tiny")
+    studio = Studio.open(family.find(named))
+    for pack in packs:
+        studio.add(pack)
+    return studio
+
+
+def save_picture(path: Path, studio: Studio, picture: Image.Image, recipe: Recipe) -> None:
+    """Write a PNG with its recipe inside."""
+    if path.suffix.lower() != ".png":
+        raise UserError("E-GEN-07", "pictures are written as PNG, which carries the recipe", path, "let --out end in .png")
+    safeio.write(path, studio.png(picture, recipe))
+
+
+def grid(studio: Studio, prompts: Sequence[str], scales: Sequence[float], seeds: Sequence[int], recipe: Recipe) -> Image.Image:
+    """A labelled sheet: a row for each prompt and seed, a column for the base and for each scale of all the studio's packs."""
+    rows, labels = [], []
+    for prompt in prompts:
+        for seed in seeds:
+            asked = recipe.at(prompt=prompt, seed=seed)
+            base = studio.render([asked.at(scales=())] * len(scales))[0]
+            rows.append([base, *studio.strip(asked, studio.packs, scales)])
+            labels.append(f"{prompt} · seed {seed}")
+    return pictures.sheet(rows, labels, ["base", *(f"scale {scale:g}" for scale in scales)], " + ".join(studio.packs))
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """A picture as a plain PNG."""
+    return pictures.encode(picture, {})
+
+
+def settings_text(run: Run) -> str:
+    """A run as TOML."""
+    return config.to_toml(run)
+
+
+def _name_of(folder: Path) -> str:
+    return "".join(c if c.isalnum() or c in "._+-" else "-" for c in folder.resolve().name).strip("-.") or "run"

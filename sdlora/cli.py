@@ -1,0 +1,260 @@
+"""The command line: a handful of verbs over `sdlora.api`; no setting has a flag of its own."""
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from sdlora.errors import OUR_BUG, UserError
+
+if TYPE_CHECKING:  # torch takes seconds to import: `sdlora --help` must not
+    from sdlora.api import Event, Run, Studio
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Teach Stable Diffusion a character or a style, and see it work.",
+)
+TINY = (
+    "tiny, the embedded base, draws 64 px icons, to show that all works. For real pictures name a Stable Diffusion 1.x model with --base."
+)
+
+Packs = Annotated[Optional[list[str]], typer.Argument(help="packs to use, each PACK or PACK:SCALE", metavar="[PACK[:SCALE]]...")]
+Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=C", help="set one setting; may be repeated")]
+Config = Annotated[Optional[Path], typer.Option(help="TOML file of settings")]
+Base = Annotated[str, typer.Option(help="tiny, a diffusers folder, or a hub id; default: the pack's own, else tiny")]
+
+
+@app.command()
+def train(
+    folder: Annotated[Optional[str], typer.Argument(help="folder with the pictures", metavar="[DIR]")] = None,
+    name: Annotated[str, typer.Option(help="name of the pack, and the word that calls it up")] = "",
+    base: Annotated[str, typer.Option(help="tiny, a diffusers folder, or a hub id")] = "",
+    kind: Annotated[str, typer.Option(help="character or style")] = "",
+    config: Config = None,
+    set_: Set = None,
+    out: Annotated[Optional[Path], typer.Option(help="run folder; default: runs/NAME", metavar="RUN")] = None,
+) -> None:
+    """Train a LoRA from a folder of pictures, or go on with a run that was stopped."""
+    with shown_errors():
+        from sdlora import api
+
+        table = api.read_settings(config, set_ or [])
+        for key, value in {"name": name, "base": base, "kind": kind}.items():
+            if value:
+                table[key] = value
+        if folder:
+            table["data"] = {**table.get("data", {}), "folder": folder}
+        settled = api.settle(table, config or "command line")
+        follow(settled, out or Path("runs") / settled.name)
+
+
+@app.command()
+def resume(run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")]) -> None:
+    """Go on with a run from its last checkpoint."""
+    with shown_errors():
+        from sdlora import api
+
+        if not (run / "config.toml").is_file():
+            raise UserError("E-RUN-04", "no run lies here: there is no config.toml", run, "name the folder that `sdlora train` wrote")
+        follow(api.settle(api.read_settings(run / "config.toml", []), run / "config.toml"), run)
+
+
+@app.command()
+def generate(
+    packs: Packs = None,
+    prompt: Annotated[str, typer.Option(help="what to draw")] = "",
+    negative: Annotated[str, typer.Option(help="what to keep away from")] = "",
+    seed: Annotated[int, typer.Option(help="seed of the initial noise")] = 0,
+    steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
+    guidance: Annotated[Optional[float], typer.Option(help="classifier-free guidance; default: the base's own")] = None,
+    size: Annotated[str, typer.Option(help="WxH in px; default: the base's own", metavar="WxH")] = "",
+    scale: Annotated[str, typer.Option(help="scale of all packs that name none; default: each pack's recommended one")] = "",
+    base: Base = "",
+    out: Annotated[Path, typer.Option(help="PNG to write", metavar="F.png")] = Path("picture.png"),
+) -> None:
+    """Draw one picture, with any number of packs; without a pack it is the base's."""
+    with shown_errors():
+        from sdlora import api
+
+        studio, scales = opened(packs or [], base, scale)
+        recipe = studio.recipe(prompt, size, guidance, negative=negative, seed=seed, steps=steps, scales=scales)
+        warn_of_cuts(studio, [prompt, negative])
+        api.save_picture(out, studio, studio.render([recipe])[0], recipe)
+        say(f"{out}  ({', '.join(f'{n} at scale {s:g}' for n, s in scales) or 'the base alone'})")
+        advise_on_tiny(studio.family.base.name)
+
+
+@app.command()
+def grid(
+    packs: Packs = None,
+    prompts: Annotated[Optional[list[str]], typer.Option(help="a prompt; may be repeated")] = None,
+    scales: Annotated[str, typer.Option(help="scales, separated by commas")] = "0,0.25,0.5,0.75,1,1.25",
+    seeds: Annotated[str, typer.Option(help="seeds, separated by commas")] = "0",
+    base: Base = "",
+    out: Annotated[Path, typer.Option(help="PNG to write", metavar="F.png")] = Path("grid.png"),
+) -> None:
+    """Draw a labelled sheet: prompts and seeds down, the base and the scales across."""
+    with shown_errors():
+        from sdlora import api, safeio
+
+        studio, _ = opened(packs or [], base, "1")
+        asked = prompts or [next((pack.trigger for pack in studio.packs.values() if pack.trigger), "")]
+        warn_of_cuts(studio, asked)
+        try:
+            numbers = [int(seed) for seed in seeds.split(",")]
+        except ValueError:
+            raise UserError("E-GEN-04", f'"{seeds}" is no list of seeds', "--seeds", "write for example 0,1,2") from None
+        sheet = api.grid(
+            studio, asked, [api.parse_scale(scale) for scale in scales.split(",")], numbers, studio.recipe(asked[0], seed=numbers[0])
+        )
+        safeio.write(out, api.png_bytes(sheet))
+        say(str(out))
+        advise_on_tiny(studio.family.base.name)
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="port; 0: the first free one from 7860 on")] = 0,
+    data_root: Annotated[Path, typer.Option(help="packs are listed from below this folder")] = Path("runs"),
+) -> None:
+    """Open the studio in the browser, on this machine only."""
+    with shown_errors():
+        from webui.app import serve
+
+        serve(port, data_root)
+
+
+@app.command()
+def config(
+    file: Annotated[Path, typer.Argument(help="TOML file of settings", metavar="NAME.toml")],
+    set_: Set = None,
+) -> None:
+    """Print every setting of a file, with all that it leaves out filled in."""
+    with shown_errors():
+        from sdlora import api
+
+        typer.echo(api.settings_text(api.settle(api.read_settings(file, set_ or []), file)), nl=False)
+
+
+def follow(settled: "Run", out: Path) -> None:
+    """Train with a progress bar, then say where things lie and what to type next."""
+    from sdlora import api
+
+    tiny = settled.base == "tiny"
+    if tiny:
+        say(TINY)
+    pack = ""
+    columns: list[str | ProgressColumn] = [
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    ]
+    try:
+        with Progress(*columns, console=console()) as progress:
+            bar = progress.add_task("training", total=settled.train.steps, figures="")
+            for event in api.train(settled, out):
+                pack = show(event, progress, bar) or pack
+    except KeyboardInterrupt:
+        say(f"stopped. Go on from the last checkpoint with: sdlora resume {out}")
+        raise typer.Exit(130) from None
+    say(f"pack: {pack}")
+    if settled.preview.scales:
+        say(f"look: {out / 'strip.png'}")
+    say(f'next: sdlora generate {pack} --prompt "{settled.preview.prompts[0]}" --scale 0.8 --out {out / "picture.png"}')
+    say(f"  or: sdlora ui --data-root {out}    (move the scale with a slider)")
+    if tiny:
+        say(TINY)
+
+
+def show(event: "Event", progress: Progress, bar: TaskID) -> str:
+    """Put one event on the screen; returns the pack's path when it is there."""
+    if event.kind == "step" and event.loss is not None:
+        task = progress.tasks[bar]
+        speed = f"{task.speed:.1f} steps/s" if task.speed else ""
+        before = task.fields.get("smooth", event.loss)
+        smooth = 0.95 * before + 0.05 * event.loss
+        progress.update(task.id, completed=event.step, figures=f"loss {smooth:.4f}  {speed}", smooth=smooth)
+    elif event.kind in ("note", "warning"):
+        progress.console.print(("warning: " if event.kind == "warning" else "") + event.text, highlight=False, markup=False, soft_wrap=True)
+        if event.step:
+            progress.update(bar, completed=event.step)
+    return event.text if event.kind == "done" else ""
+
+
+def opened(packs: list[str], base: str, scale: str) -> "tuple[Studio, tuple[tuple[str, float], ...]]":
+    """A studio with the packs named on the command line, and the scale of each."""
+    from sdlora import api
+
+    everywhere = api.parse_scale(scale) if scale else None
+    parsed = [api.parse_pack(text) for text in packs]
+    read = [api.open_pack(path) for path, _ in parsed]
+    studio = api.open_studio(read, base)
+    scales = []
+    for (name, pack), (_, own) in zip(studio.packs.items(), parsed, strict=True):
+        usual = pack.recommended_scale if everywhere is None else everywhere
+        scales.append((name, usual if own is None else own))
+    return studio, tuple(scales)
+
+
+def warn_of_cuts(studio: "Studio", prompts: list[str]) -> None:
+    for prompt in studio.cut_prompts(prompts):
+        say(f'warning: the base does not read the end of "{prompt}"', error=True)
+
+
+def advise_on_tiny(base: str) -> None:
+    if base == "tiny":
+        say(TINY)
+
+
+def say(text: str, error: bool = False) -> None:
+    console(error).print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def console(error: bool = False) -> Console:
+    return Console(stderr=error)
+
+
+@contextmanager
+def shown_errors() -> Iterator[None]:
+    """User errors as one line and their exit code; anything else is our own bug, with its traceback."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        yield
+    except UserError as error:
+        say(f"error: {error}", error=True)
+        raise typer.Exit(error.exit_code) from None
+    except (KeyboardInterrupt, typer.Exit):
+        raise
+    except Exception:
+        traceback.print_exc()
+        say("error: E-BUG · this is a bug of sdlora, not of yours · please report the lines above", error=True)
+        raise typer.Exit(OUR_BUG) from None
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

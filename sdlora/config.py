@@ -1,0 +1,157 @@
+"""What a TOML file may say about a run, and how it is completed: command line, then file, then defaults of the job and the base."""
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import Field, SerializeAsAny, create_model, field_validator
+
+from sdlora import defaults, lookup
+from sdlora.settings import Settings, build
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Data(Settings):
+    folder: str = ""
+    """Folder with the pictures; captions are `.txt` files of the same stem."""
+    resolution_px: Annotated[int, Field(ge=16, le=4096)] | None = None
+    """Pictures are scaled to this area (its square, in pixels); unset: the base's own size."""
+    ground: str = "white"
+    """Colour laid under transparent pictures (a name or #rrggbb)."""
+    skip_unreadable: bool = False
+    """Leave out pictures that cannot be decoded instead of refusing to start."""
+    caption_dropout: Fraction | None = None
+    """Share of samples trained with an empty caption, which guidance needs."""
+
+    @field_validator("ground")
+    @classmethod
+    def _is_a_colour(cls, value: str) -> str:
+        from PIL import ImageColor
+
+        ImageColor.getrgb(value)
+        return value
+
+
+class Train(Settings):
+    steps: Count | None = None
+    """Optimizer steps in all."""
+    batch_size: Count | None = None
+    """Samples in one forward pass."""
+    accumulation: Count = 1
+    """Forward passes per optimizer step; a step sees batch_size x accumulation samples."""
+    lr: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Learning rate of the adapter in the UNet."""
+    text_encoder_lr: Annotated[float, Field(ge=0, le=10)] | None = None
+    """Learning rate of the adapter in the text encoder."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps in which the learning rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's decoupled weight decay (Loshchilov & Hutter 2019)."""
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm when they exceed it."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Arithmetic of the frozen base; the adapter's own weights are always fp32. auto: bf16 where the hardware computes in it."""
+    save_every: Count | None = None
+    """Steps between checkpoints."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 3
+    """Newest checkpoints that are kept."""
+    log_every: Count = 10
+    """Steps between two readings of the loss; each reading waits for the device."""
+
+
+class Preview(Settings):
+    prompts: list[str] = Field(default=[])
+    """Prompts of the strip that is rendered at the end; empty: made from the trigger. `[trigger]` stands for the trigger."""
+    scales: list[Annotated[float, Field(ge=-4, le=4)]] = Field(default=[0.0, 0.25, 0.5, 0.75, 1.0, 1.25])
+    """Scales of the strip; empty: no strip."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the strip's initial noise."""
+    steps: Count = 25
+    """Denoising steps of the strip."""
+    guidance: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Classifier-free guidance of the strip."""
+
+
+class Run(Settings):
+    name: str = ""
+    """Name of the pack; empty: the folder's name. Also the trigger, unless one is given."""
+    kind: Literal["character", "style"] = "character"
+    """What is learnt; settles captions and defaults."""
+    base: str = "tiny"
+    """Base model: `tiny` (the embedded one), a diffusers folder, or a hub id."""
+    trigger: str = ""
+    """Word that calls the character or style up in a prompt; empty: the name."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Every random number of the run is a function of it."""
+    data: Data = Data()
+    adapter: SerializeAsAny[Settings] = Settings()
+    """The adapter's kind and that kind's own settings."""
+    objective: SerializeAsAny[Settings] = Settings()
+    """The objective's kind and that kind's own settings."""
+    train: Train = Train()
+    preview: Preview = Preview()
+
+    @field_validator("name", "trigger")
+    @classmethod
+    def _is_plain(cls, value: str) -> str:
+        if value and (len(value) > 100 or not re.fullmatch(r"[\w][\w .+-]*", value) or value.lower() == "none"):
+            raise ValueError("letters, digits, space and . _ + - only, at most 100: programs that read packs break on others")
+        return value
+
+
+CHOICES = {"adapter": ("adapters", "lora"), "objective": ("objectives", "epsilon")}  # table: (folder, kind when none is named)
+
+
+def run_class(kinds: dict[str, str]) -> type[Run]:
+    """Run with the tables of the chosen kinds: each kind is a file and brings its own Config."""
+    fields: dict[str, Any] = {}
+    for table, (group, _) in CHOICES.items():
+        config = lookup.find(group, kinds[table]).Config
+        fields[table] = (config, Field(default=config(), description=Run.model_fields[table].description))
+    return create_model("Run", __base__=Run, **fields)
+
+
+def parse(table: dict[str, Any], source: object = "") -> Run:
+    """A Run from the tables of a TOML file. Raises `UserError` for whatever is misspelt or out of range."""
+    kinds = {}
+    for name, (_, kind) in CHOICES.items():
+        part = table.get(name, {})
+        kinds[name] = part.get("kind", kind) if isinstance(part, dict) else kind
+    return build(run_class(kinds), table, source)
+
+
+def resolve(run: Run, row: str) -> Run:
+    """The run with nothing left open: what depends on the job and the base (`row` of the defaults) is filled in."""
+    table = run.model_dump()
+    for dotted, value in defaults.settings(run.kind, row).items():
+        part, _, field = dotted.partition(".")
+        if table[part].get(field, value) is None:
+            table[part][field] = value
+    trigger = run.trigger or run.name
+    table["trigger"] = trigger
+    called = [trigger, f"{trigger}, blue background", f"{trigger}, green background"]
+    spoken = called if run.kind == "character" else [f"{thing}, {trigger} style" for thing in ("cat face", "house", "apple")]
+    table["preview"]["prompts"] = [prompt.replace("[trigger]", trigger) for prompt in run.preview.prompts] or spoken
+    adapter = table["adapter"]
+    if adapter.get("alpha", 0) is None:
+        adapter["alpha"] = float(adapter["rank"])
+    return parse(table)
+
+
+def flat(run: Run) -> Iterator[tuple[str, Any]]:
+    """Every setting as (dotted name, value)."""
+    for key, value in run.model_dump().items():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{field}", inner) for field, inner in value.items())
+        else:
+            yield key, value
+
+
+def to_toml(run: Run) -> str:
+    """The run as a TOML file that `parse` reads back; settings still open are left out."""
+    return tomli_w.dumps(run.model_dump(exclude_none=True))

@@ -1,0 +1,115 @@
+"""Which pictures a folder holds, whether each can be read, and what is said about it; every one is accounted for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+
+from sdlora.errors import UserError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "AVIF")
+MAX_PIXELS = 64_000_000
+
+
+@dataclass(frozen=True)
+class Item:
+    path: Path
+    width: int  # px, after the orientation that the camera noted is applied
+    height: int
+    caption: str | None  # of the `.txt` beside the picture; None without one
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    path: Path
+    why: str
+
+
+@dataclass(frozen=True)
+class Account:
+    """What was found in a folder: every picture is either used or left out for a reason."""
+
+    used: Sequence[Item]
+    left_out: Sequence[LeftOut]
+
+    def line(self) -> str:
+        found = len(self.used) + len(self.left_out)
+        captions = sum(item.caption is not None for item in self.used)
+        line = f"{found} pictures found, {len(self.used)} used ({captions} with a caption of their own)"
+        if self.left_out:
+            reasons = "; ".join(f"{out.path.name}: {out.why}" for out in self.left_out[:5])
+            line += f", {len(self.left_out)} left out ({reasons}{'; ...' if len(self.left_out) > 5 else ''})"
+        return line
+
+
+def scan(folder: Path, skip_unreadable: bool) -> Account:
+    """Decode every picture of a folder once. Raises one `UserError` that lists all unreadable ones, unless they are to be skipped."""
+    if not folder.is_dir():
+        what = "not a folder" if folder.exists() else "no such folder"
+        raise UserError("E-DATA-01", f"{what}; pictures are needed to train on", folder, "name the folder that holds them")
+    used, bad, elsewhere = [], [], []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        if path.parent != folder:
+            elsewhere.append(LeftOut(path, "in a subfolder"))
+            continue
+        try:
+            picture = read_picture(path)
+            used.append(Item(path, picture.width, picture.height, read_caption(path.with_suffix(".txt"))))
+        except UnreadableError as error:
+            bad.append(LeftOut(path, str(error)))
+    if bad and not skip_unreadable:
+        listed = "; ".join(f"{out.path.name}: {out.why}" for out in bad)
+        what = f"{len(bad)} of {len(bad) + len(used)} pictures cannot be used: {listed}"
+        raise UserError("E-DATA-03", what, folder, "mend or remove them, or leave them out with --set data.skip_unreadable=true")
+    if not used:
+        kinds = ", ".join(sorted(SUFFIXES))
+        inside = f"; {len(elsewhere)} lie in subfolders: name one of those" if elsewhere else ""
+        raise UserError("E-DATA-02", f"no usable picture in this folder{inside}", folder, f"pictures end in {kinds}")
+    return Account(used, [*bad, *elsewhere])
+
+
+class UnreadableError(Exception):
+    """One picture or its caption cannot be read; the message says why."""
+
+
+def read_picture(path: Path, ground: str = "white") -> Image.Image:
+    """The picture as RGB: turned as the camera noted, transparent parts laid on `ground`. Raises `UnreadableError`."""
+    try:
+        if not path.is_file():
+            raise UnreadableError("not a regular file")
+        with Image.open(path, formats=FORMATS) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise UnreadableError(f"{opened.width} x {opened.height} px is more than 64 megapixels")
+            opened.load()
+            return _rgb(ImageOps.exif_transpose(opened), ground)
+    except UnidentifiedImageError:
+        raise UnreadableError("not a picture that can be read here") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableError(str(error) or type(error).__name__) from None
+
+
+def read_caption(path: Path) -> str | None:
+    """The text beside a picture on one line, or None. Raises `UnreadableError` when it is no UTF-8."""
+    if not path.is_file():
+        return None
+    try:
+        return " ".join(path.read_text(encoding="utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"its caption {path.name} is not UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise UnreadableError(f"its caption {path.name} cannot be read: {error.strerror}") from None
+
+
+def _rgb(picture: Image.Image, ground: str) -> Image.Image:
+    if picture.mode.startswith("I;16") or picture.mode == "I":  # Pillow's own conversion would clip 16 bits to white
+        picture = Image.fromarray((np.asarray(picture, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    layer = picture.convert("RGBA")
+    below = Image.new("RGBA", layer.size, ImageColor.getrgb(ground)[:3])
+    return Image.alpha_composite(below, layer).convert("RGB")

@@ -1,0 +1,164 @@
+"""The contract of a model family, and how a base is found by name, folder or hub id."""
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor, nn
+
+from sdlora import lookup
+from sdlora.errors import UserError
+
+EMBEDDED = Path(__file__).parent / "base"
+FILES = ["model_index.json", "scheduler/*.json", "tokenizer*/*.json", "tokenizer*/*.txt", "text_encoder*/config.json",
+         "text_encoder*/*.safetensors", "unet/config.json", "unet/*.safetensors", "vae/config.json", "vae/*.safetensors"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that was found and recognised; no weights are read yet."""
+
+    name: str  # "tiny", the folder's name or the hub id
+    folder: Path
+    family: str
+    row: str  # row of the table of defaults
+    size_px: int  # side of the square it was trained on
+
+    def fingerprint(self, component: str) -> str:
+        """SHA-256 of a component's weight files, so that caches and packs know which weights they belong to."""
+        digest = hashlib.sha256()
+        for path in sorted((self.folder / component).glob("*.safetensors")):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+
+class Family(ABC):
+    """A loaded base. Pixels are (B, 3, H, W) in -1..1, latents (B, C, H/f, W/f) already scaled as the network wants them."""
+
+    presets: ClassVar[Mapping[str, Sequence[str]]]
+    """Names of `adapter.targets` and the layer patterns they stand for."""
+    prefixes: ClassVar[Mapping[str, str]]
+    """Prefix of each component's keys in a kohya pack."""
+    base: Base
+    components: dict[str, nn.Module]
+    """What adapters may sit on, frozen; layer names inside a component are those that packs use."""
+    device: torch.device
+    alphas_cumprod: Tensor
+    latent_channels: int
+    latent_factor: int
+    """Pixels per latent, along one side."""
+    step_px: int
+    """Picture sides must be multiples of it."""
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents' posterior: (B, 3, H, W) -> 2 x (B, C, H/f, W/f), float32."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) -> pixels (B, 3, h·f, w·f), float32."""
+
+    @abstractmethod
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """Token ids (B, L), padded and, where a caption is longer than the model reads, cut."""
+
+    @abstractmethod
+    def too_long(self, captions: Sequence[str]) -> list[str]:
+        """The captions that `tokens` would cut."""
+
+    @abstractmethod
+    def states(self, tokens: Tensor) -> Tensor:
+        """What the network attends to: (B, L) -> (B, L, D)."""
+
+    @abstractmethod
+    def predict(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        """The network's word on noised latents x (B, C, h, w) at timesteps t (B,)."""
+
+    @abstractmethod
+    def new_scheduler(self) -> Any:
+        """A fresh diffusers scheduler for generation, configured as the base asks."""
+
+    @abstractmethod
+    def architecture(self) -> dict[str, str]:
+        """Metadata fields that tell other programs what a pack for this base is; never another model's."""
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Every frozen layer by its full name, component first."""
+        return {f"{component}.{name}": layer for component, module in self.components.items() for name, layer in module.named_modules()}
+
+
+def find(name: str) -> Base:
+    """The base called `tiny`, in a diffusers folder, or on the hub (downloaded once, kept by huggingface_hub)."""
+    folder = EMBEDDED if name == "tiny" else Path(name)
+    if not folder.is_dir():
+        folder = _download(name)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(
+            "E-BASE-02", "not a model in diffusers layout: it has no model_index.json", folder, "name such a folder, a hub id, or tiny"
+        )
+    shown = name if name == "tiny" or not Path(name).is_dir() else folder.resolve().name
+    for family in lookup.names("families"):
+        found = lookup.find("families", family).recognise(folder)
+        if found:
+            return Base(shown, folder, family, **found)
+    known = ", ".join(lookup.names("families"))
+    raise UserError("E-BASE-03", f"a model of no family that is known here ({known})", folder, "see the README for the bases that work")
+
+
+def load(base: Base, device: torch.device, dtype: torch.dtype) -> Family:
+    """The base's weights on a device, frozen, the network and text encoder in `dtype`."""
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+    try:
+        family: Family = lookup.find("families", base.family).load(base, device, dtype)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            "E-BASE-04", f"this model cannot be loaded: {reason}", base.folder, "check that its download is complete"
+        ) from error
+    for component in family.components.values():
+        component.requires_grad_(False).eval()
+    return family
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A config file of a base."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError("E-BASE-05", f"this model's config cannot be read: {error}", path, "check that its download is complete") from None
+    if not isinstance(value, dict):
+        raise UserError("E-BASE-05", "this model's config is no JSON object", path, "check that its download is complete")
+    return value
+
+
+def _download(name: str) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(
+            "E-BASE-01",
+            f'no base called "{name}": no such folder, and no hub id (owner/name)',
+            "base",
+            "use tiny, a diffusers folder, or a hub id",
+        )
+    from huggingface_hub import snapshot_download  # only here is the network ever used
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except Exception as error:  # the hub's client raises whatever its layers raise; the user needs one sentence
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            "E-BASE-06",
+            f'"{name}" is no folder here and could not be had from the hub: {reason}',
+            "base",
+            "check the name and the connection, or name a folder",
+        ) from error

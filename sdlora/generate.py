@@ -1,0 +1,74 @@
+"""Latents and a prompt become a picture: one way for previews, command line and web page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sdlora.adapter import Bank
+from sdlora.family import Family
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that one picture depends on, beside the base and the packs."""
+
+    prompt: str
+    negative: str = ""
+    seed: int = 0
+    steps: int = 25
+    guidance: float = 4.0
+    width: int = 0  # px
+    height: int = 0
+    scales: tuple[tuple[str, float], ...] = ()  # (adapter, scale); an adapter not named is off
+
+    def at(self, **changes: object) -> "Recipe":
+        """The recipe with something changed."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def initial_latents(family: Family, recipe: Recipe) -> Tensor:
+    """(C, h, w) noise of a seed: torch's CPU generator, so that a seed means the same picture in diffusers."""
+    shape = (1, family.latent_channels, recipe.height // family.latent_factor, recipe.width // family.latent_factor)
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(recipe.seed))[0]
+
+
+@torch.no_grad()
+def render(family: Family, bank: Bank, recipes: Sequence[Recipe], batch: int = 0) -> Tensor:
+    """Pictures (N, 3, H, W) in 0..1 of recipes that agree in size, steps and guidance; each may have scales of its own.
+
+    `batch` rows are computed at once (0: all of them). A row's last bits depend on the batch it is computed in, on any hardware: two
+    pictures are comparable bit for bit when their batches have the same shape.
+    """
+    first = recipes[0]
+    assert all((r.width, r.height, r.steps, r.guidance) == (first.width, first.height, first.steps, first.guidance) for r in recipes)
+    size = batch or len(recipes)
+    before = bank.route
+    try:
+        parts = [_render(family, bank, recipes[start : start + size]) for start in range(0, len(recipes), size)]
+    finally:
+        bank.route = before
+    return torch.cat(parts)
+
+
+def _render(family: Family, bank: Bank, recipes: Sequence[Recipe]) -> Tensor:
+    first = recipes[0]
+    wanted = [dict(recipe.scales) for recipe in recipes]
+    bank.use({name: torch.tensor([row.get(name, 0.0) for row in wanted], device=family.device) for name in bank.adapters})
+    scheduler = family.new_scheduler()
+    scheduler.set_timesteps(first.steps, device=family.device)
+    latents = torch.stack([initial_latents(family, recipe) for recipe in recipes]).to(family.device) * scheduler.init_noise_sigma
+    guided = first.guidance > 1
+    states = family.states(family.tokens([recipe.prompt for recipe in recipes]))
+    if guided:
+        states = torch.cat([family.states(family.tokens([recipe.negative for recipe in recipes])), states])
+        bank.route = bank.route and bank.route.repeated(2)
+    for t in scheduler.timesteps:
+        x = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, t)
+        predicted = family.predict(x, t.expand(len(x)), states).float()
+        if guided:
+            empty, said = predicted.chunk(2)
+            predicted = empty + first.guidance * (said - empty)
+        latents = scheduler.step(predicted, t, latents).prev_sample
+    return (family.decode(latents) / 2 + 0.5).clamp(0, 1)

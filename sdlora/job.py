@@ -1,0 +1,271 @@
+"""One run from a folder of pictures to a finished pack: everything around the loop, told as events."""
+
+import dataclasses
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from sdlora import devices, family, lookup, pictures, safeio, score, settings, state
+from sdlora.adapter import Bank, choose_sites
+from sdlora.config import Run, flat, parse, to_toml
+from sdlora.data import buckets, cache, captions, scan
+from sdlora.data.batches import Prepared
+from sdlora.errors import NUMBERS, UserError
+from sdlora.family import Base, Family
+from sdlora.generate import Recipe
+from sdlora.optim import adamw
+from sdlora.packs import file, metadata
+from sdlora.randomness import stream
+from sdlora.studio import Studio
+from sdlora.train import Goal, Learner, Trained, steps
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a run tells whoever iterates over it; also a line of `events.jsonl`."""
+
+    kind: Literal["note", "warning", "step", "checkpoint", "done"]
+    text: str = ""
+    step: int = 0
+    loss: float | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The folder as this run uses it."""
+
+    account: scan.Account
+    captions: list[str]
+    sizes: list[buckets.Size]
+
+
+def run(settled: Run, base: Base, out: Path) -> Iterator[Event]:
+    """Train a resolved run into a folder, going on from its last checkpoint if it has one. Every event is also in its log."""
+    began = time.time()
+    notes = prepare_folder(settled, out)
+    for event in _train(settled, base, out, began, notes):
+        record = {"time": round(time.time(), 3)} | {k: v for k, v in dataclasses.asdict(event).items() if v not in ("", None, {})}
+        safeio.append_line(out / "events.jsonl", json.dumps(record))
+        yield event
+
+
+def prepare_folder(settled: Run, out: Path) -> list[str]:
+    """Make the run folder or take up an existing one; returns what differs from its former settings, a line each."""
+    path = out / "config.toml"
+    if out.exists() and not out.is_dir():
+        raise UserError("E-RUN-01", "this is a file; a run needs a folder of its own", out, "name a folder with --out")
+    differs: list[str] = []
+    if path.is_file():
+        before = dict(flat(parse(settings.read(path), path)))
+        changed = {key: (before.get(key), value) for key, value in flat(settled) if before.get(key) != value}
+        fixed = [key for key in changed if key.partition(".")[0] in ("base", "adapter", "name", "kind", "seed")]
+        if fixed:
+            what = "; ".join(f"{key} was {changed[key][0]!r} and would be {changed[key][1]!r}" for key in fixed)
+            raise UserError(
+                "E-RUN-02", f"another run lies in this folder: {what}", out, "train into another folder with --out, or remove this one"
+            )
+        differs = [f"{key} changes from {old!r} to {new!r}" for key, (old, new) in changed.items()]
+    elif out.is_dir() and any(out.iterdir()):
+        raise UserError("E-RUN-03", "this folder holds other files, and no run", out, "name a new or empty folder with --out")
+    safeio.write(path, to_toml(settled))
+    safeio.sweep(out)
+    safeio.sweep(out / "checkpoints")
+    return differs
+
+
+def _train(settled: Run, base: Base, out: Path, began: float, notes: list[str]) -> Iterator[Event]:
+    for note in notes:
+        yield Event("note", note)
+    dataset = read_dataset(settled)
+    yield Event("note", dataset.account.line(), data={"pictures": len(dataset.account.used)})
+    accelerator, dtype = devices.for_training(settled.train.precision)
+    loaded = family.load(base, accelerator.device, dtype)
+    dataset = fit_dataset(dataset, settled, loaded)
+    safeio.write(out / "ledger.json", json.dumps(ledger(dataset), indent=1))
+    for caption in loaded.too_long(list(dict.fromkeys(dataset.captions))):
+        yield Event("warning", f'caption longer than this base reads, its end is not learnt: "{caption[:80]}..."')
+    latents = cache.latents(dataset.account.used, dataset.sizes, settled.data.ground, loaded, out / "cache")
+    bank = Bank(loaded.components)
+    learner = new_learner(settled, loaded, bank, dataset, latents, accelerator)
+    yield Event("note", adapted(bank, settled.name, loaded) + f", on {accelerator.device.type} in {str(dtype).removeprefix('torch.')}")
+    first, damaged = state.restore(out, [learner])
+    for path in damaged:
+        yield Event("warning", f"{path.name} is damaged and was passed over")
+    if first:
+        yield Event("note", f"going on from step {first}", step=first)
+    yield from _loop(settled, loaded, bank, learner, accelerator, out, first)
+    tensors = file.tensors_of(bank, settled.name, loaded)
+    yield from _finish(settled, base, out, tensors, dataset, latents, began)
+
+
+def _loop(settled: Run, loaded: Family, bank: Bank, learner: Learner, accelerator: Accelerator, out: Path, first: int) -> Iterator[Event]:
+    train = settled.train
+    assert train.save_every is not None
+    goal = Goal(lookup.find("objectives", settled.objective.model_dump()["kind"]).noise, settled.objective)
+    unread: list[Trained] = []
+    for trained in steps(loaded, bank, [learner], goal, train, accelerator, first):
+        unread.append(trained)
+        last, save = trained.step == train.steps, trained.step % train.save_every == 0
+        if last or save or trained.step % train.log_every == 0:
+            yield from _read(unread)
+            unread.clear()
+        if last or save:
+            path = state.save(out, trained.step, [learner], train.keep_checkpoints)
+            yield Event("checkpoint", path.name, step=trained.step)
+
+
+def _read(trained: list[Trained]) -> Iterator[Event]:
+    """Wait for the device and tell the losses of some steps. Raises `UserError` where one was not finite; no such step moved a weight."""
+    losses = torch.stack([one.loss.sum() for one in trained]).tolist()
+    finite = torch.stack([one.finite.all() for one in trained]).tolist()
+    for one, loss, sound in zip(trained, losses, finite, strict=True):
+        if not sound:
+            what = f"loss or gradient at step {one.step} is not finite; the weights did not move"
+            raise UserError("E-NUM-01", what, f"step {one.step}", "lower train.lr or set train.precision=fp32, and resume", NUMBERS)
+        yield Event("step", step=one.step, loss=loss)
+
+
+def read_dataset(settled: Run) -> Dataset:
+    """Scan the folder and settle every caption; sizes follow once the base is loaded."""
+    if not settled.data.folder:
+        raise UserError("E-DATA-01", "no folder of pictures is named", "data.folder", "sdlora train DIR")
+    account = scan.scan(Path(settled.data.folder), settled.data.skip_unreadable)
+    said = [captions.resolve(item.caption, settled.kind, settled.trigger) for item in account.used]
+    return Dataset(account, said, [])
+
+
+def fit_dataset(dataset: Dataset, settled: Run, loaded: Family) -> Dataset:
+    """The dataset with the size that each picture takes on this base."""
+    assert settled.data.resolution_px is not None
+    available = buckets.sizes(settled.data.resolution_px, loaded.step_px)
+    return dataclasses.replace(dataset, sizes=[buckets.choose(item.width, item.height, available) for item in dataset.account.used])
+
+
+def ledger(dataset: Dataset) -> dict[str, Any]:
+    """What becomes of every picture, as `ledger.json` holds it."""
+    used = [
+        {
+            "file": item.path.name,
+            "fate": "used",
+            "why": [],
+            "size_px": [item.width, item.height],
+            "bucket_px": list(size),
+            "crop_px": [round(edge, 1) for edge in buckets.crop_box(item.width, item.height, size)],
+            "captions": [caption],
+        }
+        for item, caption, size in zip(dataset.account.used, dataset.captions, dataset.sizes, strict=True)
+    ]
+    left_out = [{"file": out.path.name, "fate": "left_out", "why": [out.why]} for out in dataset.account.left_out]
+    totals = {"found": len(used) + len(left_out), "used": len(used), "left_out": len(left_out)}
+    return {"pictures": [*used, *left_out], "totals": totals}
+
+
+def new_learner(
+    settled: Run, loaded: Family, bank: Bank, dataset: Dataset, latents: list[tuple[Tensor, Tensor]], accelerator: Accelerator
+) -> Learner:
+    """Put a fresh adapter on the bank, with its data and optimizer."""
+    config, train = settled.adapter, settled.train
+    kind = lookup.find("adapters", config.model_dump()["kind"])
+    fitting = {name: layer for name, layer in loaded.layers().items() if kind.fits(layer)}
+    names = choose_sites(fitting, config.model_dump()["targets"], loaded.presets)
+    if train.text_encoder_lr == 0:  # an adapter that never moves need not be there
+        names = [name for name in names if not name.startswith("text_encoder")]
+    bank.add(settled.name, kind, config, names, lambda dotted: stream(settled.seed, f"init/{dotted}"))
+    text = loaded.tokens([*dataset.captions, ""]).cpu()
+    if not any(name.startswith("text_encoder") for name in names):
+        with torch.no_grad():
+            text = loaded.states(text.to(loaded.device)).cpu()
+    data = Prepared(settled.seed, latents, text, given(settled.data.caption_dropout))
+    params = bank.parameters(settled.name)
+    groups = [
+        (bank.parameters(settled.name, "unet"), given(train.lr)),
+        (bank.parameters(settled.name, "text_encoder"), given(train.text_encoder_lr)),
+    ]
+    return Learner(settled.name, data, params, accelerator.prepare(adamw(groups, train)))
+
+
+def given(value: T | None) -> T:
+    """A setting that a resolved run always has."""
+    assert value is not None
+    return value
+
+
+def adapted(bank: Bank, name: str, loaded: Family) -> str:
+    """What is trained, in a sentence."""
+    ours = sum(p.numel() for p in bank.parameters(name).values())
+    whole = sum(p.numel() for module in loaded.components.values() for p in module.parameters()) - ours
+    return f"{len(list(bank.deltas(name)))} layers adapted, {ours:,} parameters trained, {ours / whole:.2%} of {whole:,}"
+
+
+def _finish(
+    settled: Run, base: Base, out: Path, tensors: dict[str, Tensor], dataset: Dataset, latents: list[tuple[Tensor, Tensor]], began: float
+) -> Iterator[Event]:
+    """Look at what was learnt with the very weights of the pack, then write the pack."""
+    studio = Studio.open(base)
+    name = studio.add(file.Pack(settled.name, tensors, {"sdlora.adapter": settled.adapter.model_dump()["kind"]}))
+    thumbnail, data = None, {}
+    if settled.preview.scales:
+        rows = strip(studio, settled, name)
+        thumbnail = rows[0][1 + min(range(len(settled.preview.scales)), key=lambda i: abs(settled.preview.scales[i] - 1))]
+        columns = ["base", *(f"scale {scale:g}" for scale in settled.preview.scales)]
+        sheet = pictures.sheet(rows, settled.preview.prompts, columns, f"{settled.name} on {base.name}, seed {settled.preview.seed}")
+        safeio.write(out / "strip.png", pictures.encode(sheet, {"sdlora": json.dumps(metadata.public(settled, base.name))}))
+        data = likeness(studio, settled, name, dataset, latents)
+        yield Event("note", learnt(data), data=data)
+    facts = metadata.Facts(len(dataset.sizes), settled.train.steps or 0, began, time.time(), Counter(dataset.sizes), thumbnail)
+    path = out / f"{settled.name}.safetensors"
+    file.save(path, tensors, lambda sha256: metadata.describe(settled, studio.family, facts, sha256))
+    yield Event("done", str(path), step=settled.train.steps or 0, data={"seconds": round(time.time() - began, 1), **data})
+
+
+def preview_recipe(studio: Studio, settled: Run, prompt: str, name: str, scale: float) -> Recipe:
+    """The recipe of one preview."""
+    side, step = settled.data.resolution_px or 0, studio.family.step_px
+    size = f"{side // step * step}x{side // step * step}"
+    look = settled.preview
+    return studio.recipe(prompt, size, look.guidance, seed=look.seed, steps=look.steps, scales=((name, scale),))
+
+
+def strip(studio: Studio, settled: Run, name: str) -> list[list[Any]]:
+    """For each prompt: the base, then every scale; the scales of a prompt are one batch, and so are its bases."""
+    rows = []
+    for prompt in settled.preview.prompts:
+        recipe = preview_recipe(studio, settled, prompt, name, 0.0)
+        scaled = studio.strip(recipe, [name], settled.preview.scales)
+        base = studio.render([recipe.at(scales=())] * len(settled.preview.scales))[0]
+        rows.append([base, *scaled])
+    return rows
+
+
+def likeness(
+    studio: Studio, settled: Run, name: str, dataset: Dataset, latents: list[tuple[Tensor, Tensor]], most: int = 8
+) -> dict[str, Any]:
+    """Distance from pictures generated of training captions to the training pictures, at scale 0 and 1, over the commonest size."""
+    size = Counter(dataset.sizes).most_common(1)[0][0]
+    chosen = [i for i, other in enumerate(dataset.sizes) if other == size][:most]
+    true = torch.stack([latents[i][0].flatten() for i in chosen])
+    apart = []
+    for scale in (0.0, 1.0):
+        recipes = [preview_recipe(studio, settled, dataset.captions[i], name, scale).at(width=size[0], height=size[1]) for i in chosen]
+        seen = score.embed(studio.family, studio.pixels(recipes, batch=4)).cpu()
+        apart.append(float(score.distance(seen, true).mean()))
+    return {"pictures": len(chosen), "distance_base": round(apart[0], 2), "distance_adapter": round(apart[1], 2)}
+
+
+def learnt(data: dict[str, Any]) -> str:
+    base, adapter = data["distance_base"], data["distance_adapter"]
+    return (
+        f"learnt: asked for {data['pictures']} of your captions, pictures come out at {adapter / base:.2f} times the base's distance "
+        f"from your pictures ({base} at scale 0, {adapter} at scale 1; L2 of the autoencoder's means)"
+    )

@@ -1,0 +1,28 @@
+"""The kohya key grammar: `lora_unet_down_blocks_0_..._to_q.lora_up.weight` is prefix, layer name with `_` for `.`, then the leaf.
+
+A family's `prefixes` are the whole of its key table as long as the packs of that family use the model's own layer names.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+
+def module_name(dotted: str, prefixes: Mapping[str, str]) -> str:
+    """`unet.down_blocks.0.to_q` -> `lora_unet_down_blocks_0_to_q`."""
+    component, _, path = dotted.partition(".")
+    return f"{prefixes[component]}_{path.replace('.', '_')}"
+
+
+def layer_names(layers: Iterable[str], prefixes: Mapping[str, str]) -> dict[str, str]:
+    """Pack module name -> full layer name, for every layer of a base."""
+    return {module_name(dotted, prefixes): dotted for dotted in layers if "." in dotted}
+
+
+def by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors of a pack grouped by module; module and leaf part at the first dot, as all readers do it."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, _, leaf = key.partition(".")
+        modules.setdefault(module, {})[leaf] = tensor
+    return modules

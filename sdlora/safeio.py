@@ -1,0 +1,111 @@
+"""The one place that writes files: complete and durable, or not there at all.
+
+A file or directory is written under a temporary name beside its place, flushed to the disk, renamed, and the rename itself is flushed.
+Whoever looks sees the old content or the new, never a part; a crash leaves at most a temporary name, which `sweep` takes away.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdlora.errors import RESOURCES, UserError
+
+TEMPORARY = ".sdlora-tmp-"
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Put `content` at `path`, atomically and durably; makes the parent folders. Raises `UserError` when the disk refuses."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        _write_through(temporary, content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        _discard(temporary)
+        raise refused(error, path) from error
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Put a new folder at `path` holding `files` and a `manifest.json` of their sizes and SHA-256 sums."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    manifest = {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _discard(temporary)
+        temporary.mkdir()
+        for name, content in {**files, "manifest.json": json.dumps(manifest, indent=1).encode()}.items():
+            _write_through(temporary / name, content)
+        _flush_folder(temporary)
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        _discard(temporary)
+        raise refused(error, path) from error
+
+
+def read_folder(path: Path) -> dict[str, bytes] | None:
+    """The files of a folder that `write_folder` wrote, or None when any of them is missing or not as it was written."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_bytes())
+        files = {name: (path / name).read_bytes() for name in manifest}
+    except (OSError, ValueError):
+        return None
+    sound = all(hashlib.sha256(content).hexdigest() == manifest[name]["sha256"] for name, content in files.items())
+    return files if sound else None
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add one line to a log; a torn last line is the worst that a crash can do to it."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise refused(error, path) from error
+
+
+def sweep(folder: Path) -> None:
+    """Take away what a killed writer left in a folder that nobody else is writing to."""
+    for leftover in folder.glob(f"{TEMPORARY}*"):
+        _discard(leftover)
+
+
+def refused(error: OSError, path: Path) -> UserError:
+    if error.errno == errno.ENOSPC:
+        return UserError("E-DISK-01", "the disk is full; nothing was half-written", path, "free some space and go on", RESOURCES)
+    reason = error.strerror or str(error)
+    return UserError("E-DISK-02", f"cannot write here: {reason}; nothing was half-written", path, "choose another place with --out")
+
+
+def _discard(path: Path) -> None:
+    """Remove a temporary name, whatever it is; a failure here must not hide the error that led to it."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _write_through(path: Path, content: bytes) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    if os.name == "nt":  # Windows has no handle on a folder to flush; its rename is durable with the journal
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

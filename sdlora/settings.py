@@ -1,0 +1,65 @@
+"""Strict settings: what a table of a TOML file may hold, and errors that name the right setting."""
+
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sdlora.errors import UserError
+from sdlora.lookup import nearest
+
+
+class Settings(BaseModel):
+    """Base of every table of settings: an unknown key or a wrong type is an error, and nothing changes after the build."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def build(cls: type[AnySettings], table: dict[str, Any], source: object = "") -> AnySettings:
+    """`cls` from a table. Raises one `UserError` that lists everything that is wrong with it."""
+    try:
+        return cls.model_validate(table)
+    except ValidationError as error:
+        lines = [_explain(cls, dict(problem)) for problem in error.errors()]
+        raise UserError("E-CONF-01", "; ".join(lines), source, "`sdlora config` prints every setting with its value") from None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError("E-CONF-03", f"cannot read this settings file: {error.strerror}", path) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError("E-CONF-04", f"not a TOML file: {error}", path) from None
+
+
+def override(table: dict[str, Any], assignment: str) -> None:
+    """Apply one `train.steps=800`; a value that is no TOML value is taken as a string."""
+    dotted, equals, text = assignment.partition("=")
+    if not equals or not all(dotted.split(".")):
+        raise UserError("E-CONF-05", f'"{assignment}" is not of the form a.b=c', "--set", "write for example --set train.steps=800")
+    try:
+        value = tomllib.loads(f"x={text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *path, last = dotted.split(".")
+    for part in path:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise UserError("E-CONF-05", f'"{part}" holds a value, not a table', f"--set {assignment}")
+    table[last] = value
+
+
+def _explain(cls: type[Settings], problem: dict[str, Any]) -> str:
+    where = [part for part in problem["loc"] if isinstance(part, str)]
+    if problem["type"] != "extra_forbidden":
+        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
+    owner: Any = cls
+    for part in where[:-1]:
+        owner = owner.model_fields[part].annotation
+    return f"{'.'.join(where)}: no such setting{nearest(where[-1], owner.model_fields)}"

@@ -1,0 +1,124 @@
+"""One base in memory, any number of packs on it, pictures on demand: what the command line and the web page generate with."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sdlora import defaults, devices, family, generate, pictures
+from sdlora.adapter import Bank
+from sdlora.errors import UserError
+from sdlora.family import Base, Family
+from sdlora.generate import Recipe
+from sdlora.packs import file
+
+MAX_SIDE_PX, MAX_STEPS, MAX_PROMPT = 4096, 500, 2000
+
+
+@dataclass
+class Studio:
+    """A loaded base with the packs that were opened on it, by name."""
+
+    family: Family
+    bank: Bank
+    packs: dict[str, file.Pack]
+
+    @classmethod
+    def open(cls, base: Base, dtype: torch.dtype | None = None) -> "Studio":
+        """Load a base for generation."""
+        device, usual = devices.for_pictures()
+        loaded = family.load(base, device, dtype or usual)
+        return cls(loaded, Bank(loaded.components), {})
+
+    def add(self, pack: file.Pack) -> str:
+        """Put a pack on the base, off until a recipe names it; returns the name it goes by."""
+        name = pack.name
+        while name in self.packs:
+            name += "+"
+        file.attach(pack, name, self.bank, self.family)
+        self.packs[name] = pack
+        return name
+
+    def remove(self, name: str) -> None:
+        self.bank.remove(name)
+        del self.packs[name]
+
+    def recipe(self, prompt: str, size: str = "", guidance: float | None = None, **rest: object) -> Recipe:
+        """A checked recipe; what is left open is the base's own: size "WxH" in px, guidance."""
+        native = self.family.base.size_px
+        width, height = parse_size(size) if size else (native, native)
+        usual = defaults.settings("character", self.family.base.row)["preview.guidance"]
+        made = Recipe(prompt, width=width, height=height, guidance=usual if guidance is None else guidance).at(**rest)
+        self._check(made)
+        return made
+
+    def render(self, recipes: Sequence[Recipe], batch: int = 0) -> list[Image.Image]:
+        """Pictures of recipes that agree in size, steps and guidance, `batch` of them at once (0: all)."""
+        return pictures.images(self.pixels(recipes, batch))
+
+    def pixels(self, recipes: Sequence[Recipe], batch: int = 0) -> Tensor:
+        """As `render`, but (N, 3, H, W) in 0..1."""
+        return generate.render(self.family, self.bank, recipes, batch)
+
+    def strip(self, recipe: Recipe, names: Iterable[str], scales: Sequence[float]) -> list[Image.Image]:
+        """One recipe at many scales of the named packs, rendered as one batch."""
+        adapters = list(names)
+        return self.render([replace(recipe, scales=tuple((name, scale) for name in adapters)) for scale in scales])
+
+    def png(self, picture: Image.Image, recipe: Recipe) -> bytes:
+        """The picture as a PNG with its recipe inside."""
+        return pictures.png(picture, recipe, self.family.base.name, [name for name, _ in recipe.scales])
+
+    def _check(self, recipe: Recipe) -> None:
+        step = self.family.step_px
+        if recipe.width % step or recipe.height % step or not 0 < recipe.width <= MAX_SIDE_PX or not 0 < recipe.height <= MAX_SIDE_PX:
+            raise UserError(
+                "E-GEN-01",
+                f"{recipe.width}x{recipe.height} px does not suit this base",
+                "--size",
+                f"sides in multiples of {step}, at most {MAX_SIDE_PX}",
+            )
+        if not 1 <= recipe.steps <= MAX_STEPS:
+            raise UserError("E-GEN-02", f"{recipe.steps} is no number of steps from 1 to {MAX_STEPS}", "--steps")
+        if not 0 <= recipe.guidance <= 100:
+            raise UserError("E-GEN-03", f"{recipe.guidance} is no guidance from 0 to 100", "--guidance")
+        if not 0 <= recipe.seed < 2**63:
+            raise UserError("E-GEN-04", f"{recipe.seed} is no seed from 0 to 2^63 - 1", "--seed")
+        if max(len(recipe.prompt), len(recipe.negative)) > MAX_PROMPT:
+            raise UserError("E-GEN-05", f"a prompt is longer than {MAX_PROMPT} characters", "--prompt")
+
+    def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts of which the base reads only the beginning."""
+        return self.family.too_long(prompts)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "640x512" -> (640, 512)."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise UserError("E-GEN-01", f'"{text}" is no size', "--size", "write for example 512x768")
+    return int(width), int(height)
+
+
+def parse_scale(text: str) -> float:
+    """A scale as typed, from -4 to 4."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not -4 <= value <= 4:
+        raise UserError("E-GEN-06", f'"{text}" is no scale from -4 to 4', "--scale", "0 is the base, 1 what was trained")
+    return value
+
+
+def parse_pack(text: str) -> tuple[Path, float | None]:
+    """`PACK` or `PACK:SCALE`."""
+    path, colon, scale = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), None
+    if "/" in scale or "\\" in scale:  # the colon belongs to the path (C:\...)
+        return Path(text), None
+    return Path(path), parse_scale(scale)
