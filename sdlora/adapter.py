@@ -63,11 +63,12 @@ class Route:
     """Which adapters act on which samples of a batch.
 
     `index` (B,) names the one slot of each sample and `strength` is (B,) or (1,); without `index` every slot acts on every sample and
-    `strength` is (K,) or (B, K).
+    `strength` is (K,) or (B, K). Slots in `idle` act on no sample and cost nothing.
     """
 
     strength: Tensor
     index: Tensor | None = None
+    idle: frozenset[int] = frozenset()
 
     def rows(self, slot: int, batch: int) -> tuple[Tensor | None, Tensor]:
         """The samples that a slot acts on (None: all of them) and its strength on them: (n,) or (1,)."""
@@ -81,7 +82,7 @@ class Route:
         """The route of the batch laid `times` times behind itself, as guidance needs it."""
         strength = self.strength
         if self.index is None:
-            return Route(strength.repeat(times, 1) if strength.ndim == 2 else strength)
+            return Route(strength.repeat(times, 1) if strength.ndim == 2 else strength, None, self.idle)
         return Route(strength if len(strength) == 1 else strength.repeat(times), self.index.repeat(times))
 
 
@@ -115,7 +116,7 @@ class Site(nn.Module):
         by_kind: dict[type[Delta], list[tuple[int, Delta]]] = {}
         for slot, name in enumerate(bank.adapters):
             delta = dict(self.deltas.items()).get(name)
-            if isinstance(delta, Delta):
+            if isinstance(delta, Delta) and slot not in bank.route.idle:
                 by_kind.setdefault(type(delta), []).append((slot, delta))
         for kind, deltas in by_kind.items():
             y = kind.mixed(deltas, self.layer, x, y, bank.route)
@@ -164,7 +165,8 @@ class Bank:
             return
         rows = max((value.numel() for value in chosen.values()), default=1)
         columns = [chosen.get(name, torch.zeros(())).expand(rows) for name in self.adapters]
-        self.route = Route(torch.stack(columns, 1))
+        idle = frozenset(slot for slot, column in enumerate(columns) if not column.any())
+        self.route = Route(torch.stack(columns, 1), None, idle)
 
     def deltas(self, name: str) -> Iterator[tuple[str, nn.Module, Delta]]:
         """(full layer name, layer, delta) of one adapter."""
@@ -206,6 +208,20 @@ class Bank:
     def _parent(self, dotted: str) -> nn.Module:
         component, _, path = dotted.partition(".")
         return self.components[component].get_submodule(path.rpartition(".")[0])
+
+
+def frozen_layers(components: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Every layer of a base by its full name, component first, whether or not adapters sit on it."""
+    found: dict[str, nn.Module] = {}
+
+    def walk(name: str, module: nn.Module) -> None:
+        found[name] = module.layer if isinstance(module, Site) else module
+        for child, inner in found[name].named_children():
+            walk(f"{name}.{child}", inner)
+
+    for component, module in components.items():
+        walk(component, module)
+    return found
 
 
 def choose_sites(layers: Mapping[str, nn.Module], targets: Sequence[str], presets: Mapping[str, Sequence[str]]) -> list[str]:

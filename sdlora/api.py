@@ -55,7 +55,8 @@ def settle(table: dict[str, Any], source: object = "") -> Run:
         run = config.parse({**table, "name": _name_of(Path(run.data.folder))}, source)
     if not run.name:
         raise UserError("E-CONF-07", "the run has no name, and no folder to take one from", "name", "add --name NAME")
-    return config.resolve(run, family.find(run.base).row)
+    row = family.find(run.base).row
+    return config.resolve(config.parse(_lasting(run)), row)
 
 
 def train(run: Run, out: Path) -> Iterator[Event]:
@@ -86,13 +87,9 @@ def save_picture(path: Path, studio: Studio, picture: Image.Image, recipe: Recip
 
 def grid(studio: Studio, prompts: Sequence[str], scales: Sequence[float], seeds: Sequence[int], recipe: Recipe) -> Image.Image:
     """A labelled sheet: a row for each prompt and seed, a column for the base and for each scale of all the studio's packs."""
-    rows, labels = [], []
-    for prompt in prompts:
-        for seed in seeds:
-            asked = recipe.at(prompt=prompt, seed=seed)
-            base = studio.render([asked.at(scales=())] * len(scales))[0]
-            rows.append([base, *studio.strip(asked, studio.packs, scales)])
-            labels.append(f"{prompt} · seed {seed}")
+    recipes = [recipe.at(prompt=prompt, seed=seed) for prompt in prompts for seed in seeds]
+    rows = studio.strips(recipes, studio.packs, scales)
+    labels = [f"{one.prompt} · seed {one.seed}" for one in recipes]
     return pictures.sheet(rows, labels, ["base", *(f"scale {scale:g}" for scale in scales)], " + ".join(studio.packs))
 
 
@@ -104,6 +101,16 @@ def png_bytes(picture: Image.Image) -> bytes:
 def settings_text(run: Run) -> str:
     """A run as TOML."""
     return config.to_toml(run)
+
+
+def _lasting(run: Run) -> dict[str, Any]:
+    """The run's tables with paths that hold in any working directory, so that it can be resumed from another."""
+    table = run.model_dump(exclude_none=True)
+    if run.data.folder:
+        table["data"]["folder"] = str(Path(run.data.folder).absolute())
+    if Path(run.base).is_dir() and run.base != "tiny":
+        table["base"] = str(Path(run.base).absolute())
+    return table
 
 
 def _name_of(folder: Path) -> str:

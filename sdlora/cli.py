@@ -172,7 +172,7 @@ def follow(settled: "Run", out: Path) -> None:
     ]
     try:
         with Progress(*columns, console=console()) as progress:
-            bar = progress.add_task("training", total=settled.train.steps, figures="")
+            bar = progress.add_task("training", total=settled.train.steps, figures="", visible=False)
             for event in api.train(settled, out):
                 pack = show(event, progress, bar) or pack
     except KeyboardInterrupt:
@@ -194,7 +194,7 @@ def show(event: "Event", progress: Progress, bar: TaskID) -> str:
         speed = f"{task.speed:.1f} steps/s" if task.speed else ""
         before = task.fields.get("smooth", event.loss)
         smooth = 0.95 * before + 0.05 * event.loss
-        progress.update(task.id, completed=event.step, figures=f"loss {smooth:.4f}  {speed}", smooth=smooth)
+        progress.update(task.id, completed=event.step, visible=True, figures=f"loss {smooth:.4f}  {speed}", smooth=smooth)
     elif event.kind in ("note", "warning"):
         progress.console.print(("warning: " if event.kind == "warning" else "") + event.text, highlight=False, markup=False, soft_wrap=True)
         if event.step:

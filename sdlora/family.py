@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from sdlora import lookup
+from sdlora.adapter import frozen_layers
 from sdlora.errors import UserError
 
 EMBEDDED = Path(__file__).parent / "base"
@@ -92,8 +93,8 @@ class Family(ABC):
         """Metadata fields that tell other programs what a pack for this base is; never another model's."""
 
     def layers(self) -> dict[str, nn.Module]:
-        """Every frozen layer by its full name, component first."""
-        return {f"{component}.{name}": layer for component, module in self.components.items() for name, layer in module.named_modules()}
+        """Every frozen layer by its full name, component first, whether or not adapters sit on it."""
+        return frozen_layers(self.components)
 
 
 def find(name: str) -> Base:

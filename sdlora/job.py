@@ -50,11 +50,27 @@ class Dataset:
     sizes: list[buckets.Size]
 
 
+@dataclass(frozen=True)
+class Job:
+    """A run whose input is known to be good: nothing has been written yet."""
+
+    settled: Run
+    base: Base
+    out: Path
+    began: float  # seconds since 1970
+    dataset: Dataset
+    names: list[str]  # of the layers that are adapted
+
+
 def run(settled: Run, base: Base, out: Path) -> Iterator[Event]:
     """Train a resolved run into a folder, going on from its last checkpoint if it has one. Every event is also in its log."""
     began = time.time()
+    accelerator, dtype = devices.for_training(settled.train.precision)
+    dataset = read_dataset(settled)
+    loaded = family.load(base, accelerator.device, dtype)
+    job = Job(settled, base, out, began, fit_dataset(dataset, settled, loaded), sites(settled, loaded))
     notes = prepare_folder(settled, out)
-    for event in _train(settled, base, out, began, notes):
+    for event in _train(job, loaded, accelerator, notes):
         record = {"time": round(time.time(), 3)} | {k: v for k, v in dataclasses.asdict(event).items() if v not in ("", None, {})}
         safeio.append_line(out / "events.jsonl", json.dumps(record))
         yield event
@@ -84,33 +100,31 @@ def prepare_folder(settled: Run, out: Path) -> list[str]:
     return differs
 
 
-def _train(settled: Run, base: Base, out: Path, began: float, notes: list[str]) -> Iterator[Event]:
-    for note in notes:
+def _train(job: Job, loaded: Family, accelerator: Accelerator, notes: list[str]) -> Iterator[Event]:
+    settled, dataset = job.settled, job.dataset
+    for note in [*notes, dataset.account.line()]:
         yield Event("note", note)
-    dataset = read_dataset(settled)
-    yield Event("note", dataset.account.line(), data={"pictures": len(dataset.account.used)})
-    accelerator, dtype = devices.for_training(settled.train.precision)
-    loaded = family.load(base, accelerator.device, dtype)
-    dataset = fit_dataset(dataset, settled, loaded)
-    safeio.write(out / "ledger.json", json.dumps(ledger(dataset), indent=1))
+    safeio.write(job.out / "ledger.json", json.dumps(ledger(dataset), indent=1))
     for caption in loaded.too_long(list(dict.fromkeys(dataset.captions))):
         yield Event("warning", f'caption longer than this base reads, its end is not learnt: "{caption[:80]}..."')
-    latents = cache.latents(dataset.account.used, dataset.sizes, settled.data.ground, loaded, out / "cache")
+    latents = cache.latents(dataset.account.used, dataset.sizes, settled.data.ground, loaded, job.out / "cache")
     bank = Bank(loaded.components)
-    learner = new_learner(settled, loaded, bank, dataset, latents, accelerator)
-    yield Event("note", adapted(bank, settled.name, loaded) + f", on {accelerator.device.type} in {str(dtype).removeprefix('torch.')}")
-    first, damaged = state.restore(out, [learner])
+    learner = new_learner(job, loaded, bank, latents, accelerator)
+    yield Event("note", adapted(bank, settled.name, loaded))
+    first, damaged = state.restore(job.out, [learner])
     for path in damaged:
         yield Event("warning", f"{path.name} is damaged and was passed over")
     if first:
         yield Event("note", f"going on from step {first}", step=first)
-    yield from _loop(settled, loaded, bank, learner, accelerator, out, first)
+    yield from _loop(job, loaded, bank, learner, accelerator, first)
     tensors = file.tensors_of(bank, settled.name, loaded)
-    yield from _finish(settled, base, out, tensors, dataset, latents, began)
+    del loaded, bank, learner  # the base is loaded again in the precision of pictures: make room
+    accelerator.free_memory()
+    yield from _finish(job, tensors, latents)
 
 
-def _loop(settled: Run, loaded: Family, bank: Bank, learner: Learner, accelerator: Accelerator, out: Path, first: int) -> Iterator[Event]:
-    train = settled.train
+def _loop(job: Job, loaded: Family, bank: Bank, learner: Learner, accelerator: Accelerator, first: int) -> Iterator[Event]:
+    settled, train = job.settled, job.settled.train
     assert train.save_every is not None
     goal = Goal(lookup.find("objectives", settled.objective.model_dump()["kind"]).noise, settled.objective)
     unread: list[Trained] = []
@@ -121,7 +135,7 @@ def _loop(settled: Run, loaded: Family, bank: Bank, learner: Learner, accelerato
             yield from _read(unread)
             unread.clear()
         if last or save:
-            path = state.save(out, trained.step, [learner], train.keep_checkpoints)
+            path = state.save(job.out, trained.step, [learner], train.keep_checkpoints)
             yield Event("checkpoint", path.name, step=trained.step)
 
 
@@ -171,28 +185,31 @@ def ledger(dataset: Dataset) -> dict[str, Any]:
     return {"pictures": [*used, *left_out], "totals": totals}
 
 
-def new_learner(
-    settled: Run, loaded: Family, bank: Bank, dataset: Dataset, latents: list[tuple[Tensor, Tensor]], accelerator: Accelerator
-) -> Learner:
-    """Put a fresh adapter on the bank, with its data and optimizer."""
-    config, train = settled.adapter, settled.train
-    kind = lookup.find("adapters", config.model_dump()["kind"])
+def sites(settled: Run, loaded: Family) -> list[str]:
+    """Names of the layers that the run adapts."""
+    kind = lookup.find("adapters", settled.adapter.model_dump()["kind"])
     fitting = {name: layer for name, layer in loaded.layers().items() if kind.fits(layer)}
-    names = choose_sites(fitting, config.model_dump()["targets"], loaded.presets)
-    if train.text_encoder_lr == 0:  # an adapter that never moves need not be there
-        names = [name for name in names if not name.startswith("text_encoder")]
-    bank.add(settled.name, kind, config, names, lambda dotted: stream(settled.seed, f"init/{dotted}"))
-    text = loaded.tokens([*dataset.captions, ""]).cpu()
-    if not any(name.startswith("text_encoder") for name in names):
+    names = choose_sites(fitting, settled.adapter.model_dump()["targets"], loaded.presets)
+    if settled.train.text_encoder_lr == 0:  # an adapter that never moves need not be there
+        return [name for name in names if not name.startswith("text_encoder")]
+    return names
+
+
+def new_learner(job: Job, loaded: Family, bank: Bank, latents: list[tuple[Tensor, Tensor]], accelerator: Accelerator) -> Learner:
+    """Put a fresh adapter on the bank, with its data and optimizer."""
+    settled, train = job.settled, job.settled.train
+    kind = lookup.find("adapters", settled.adapter.model_dump()["kind"])
+    bank.add(settled.name, kind, settled.adapter, job.names, lambda dotted: stream(settled.seed, f"init/{dotted}"))
+    text = loaded.tokens([*job.dataset.captions, ""])
+    if not any(name.startswith("text_encoder") for name in job.names):
         with torch.no_grad():
-            text = loaded.states(text.to(loaded.device)).cpu()
-    data = Prepared(settled.seed, latents, text, given(settled.data.caption_dropout))
-    params = bank.parameters(settled.name)
+            text = loaded.states(text)
+    data = Prepared(settled.seed, latents, text.cpu(), given(settled.data.caption_dropout))
     groups = [
-        (bank.parameters(settled.name, "unet"), given(train.lr)),
-        (bank.parameters(settled.name, "text_encoder"), given(train.text_encoder_lr)),
+        (bank.parameters(settled.name, "unet."), given(train.lr)),
+        (bank.parameters(settled.name, "text_encoder."), given(train.text_encoder_lr)),
     ]
-    return Learner(settled.name, data, params, accelerator.prepare(adamw(groups, train)))
+    return Learner(settled.name, data, bank.parameters(settled.name), accelerator.prepare(adamw(groups, train)))
 
 
 def given(value: T | None) -> T:
@@ -205,28 +222,31 @@ def adapted(bank: Bank, name: str, loaded: Family) -> str:
     """What is trained, in a sentence."""
     ours = sum(p.numel() for p in bank.parameters(name).values())
     whole = sum(p.numel() for module in loaded.components.values() for p in module.parameters()) - ours
-    return f"{len(list(bank.deltas(name)))} layers adapted, {ours:,} parameters trained, {ours / whole:.2%} of {whole:,}"
+    frozen = next(p for module in loaded.components.values() for p in module.parameters() if not p.requires_grad)
+    where = f"on {loaded.device.type} in {str(frozen.dtype).removeprefix('torch.')}"
+    return f"{len(list(bank.deltas(name)))} layers adapted, {ours:,} parameters trained, {ours / whole:.2%} of {whole:,}, {where}"
 
 
-def _finish(
-    settled: Run, base: Base, out: Path, tensors: dict[str, Tensor], dataset: Dataset, latents: list[tuple[Tensor, Tensor]], began: float
-) -> Iterator[Event]:
+def _finish(job: Job, tensors: dict[str, Tensor], latents: list[tuple[Tensor, Tensor]]) -> Iterator[Event]:
     """Look at what was learnt with the very weights of the pack, then write the pack."""
-    studio = Studio.open(base)
+    settled, look = job.settled, job.settled.preview
+    studio = Studio.open(job.base)
     name = studio.add(file.Pack(settled.name, tensors, {"sdlora.adapter": settled.adapter.model_dump()["kind"]}))
     thumbnail, data = None, {}
-    if settled.preview.scales:
-        rows = strip(studio, settled, name)
-        thumbnail = rows[0][1 + min(range(len(settled.preview.scales)), key=lambda i: abs(settled.preview.scales[i] - 1))]
-        columns = ["base", *(f"scale {scale:g}" for scale in settled.preview.scales)]
-        sheet = pictures.sheet(rows, settled.preview.prompts, columns, f"{settled.name} on {base.name}, seed {settled.preview.seed}")
-        safeio.write(out / "strip.png", pictures.encode(sheet, {"sdlora": json.dumps(metadata.public(settled, base.name))}))
-        data = likeness(studio, settled, name, dataset, latents)
+    if look.scales:
+        rows = studio.strips([preview_recipe(studio, settled, prompt, name, 1.0) for prompt in look.prompts], [name], look.scales)
+        thumbnail = rows[0][1 + min(range(len(look.scales)), key=lambda i: abs(look.scales[i] - 1))]
+        columns = ["base", *(f"scale {scale:g}" for scale in look.scales)]
+        sheet = pictures.sheet(rows, look.prompts, columns, f"{settled.name} on {job.base.name}, seed {look.seed}")
+        safeio.write(job.out / "strip.png", pictures.encode(sheet, {"sdlora": json.dumps(metadata.public(settled, job.base.name))}))
+        data = likeness(studio, settled, name, job.dataset, latents)
         yield Event("note", learnt(data), data=data)
-    facts = metadata.Facts(len(dataset.sizes), settled.train.steps or 0, began, time.time(), Counter(dataset.sizes), thumbnail)
-    path = out / f"{settled.name}.safetensors"
+    facts = metadata.Facts(
+        len(job.dataset.sizes), given(settled.train.steps), job.began, time.time(), Counter(job.dataset.sizes), thumbnail
+    )
+    path = job.out / f"{settled.name}.safetensors"
     file.save(path, tensors, lambda sha256: metadata.describe(settled, studio.family, facts, sha256))
-    yield Event("done", str(path), step=settled.train.steps or 0, data={"seconds": round(time.time() - began, 1), **data})
+    yield Event("done", str(path), step=given(settled.train.steps), data={"seconds": round(time.time() - job.began, 1), **data})
 
 
 def preview_recipe(studio: Studio, settled: Run, prompt: str, name: str, scale: float) -> Recipe:
@@ -235,17 +255,6 @@ def preview_recipe(studio: Studio, settled: Run, prompt: str, name: str, scale: 
     size = f"{side // step * step}x{side // step * step}"
     look = settled.preview
     return studio.recipe(prompt, size, look.guidance, seed=look.seed, steps=look.steps, scales=((name, scale),))
-
-
-def strip(studio: Studio, settled: Run, name: str) -> list[list[Any]]:
-    """For each prompt: the base, then every scale; the scales of a prompt are one batch, and so are its bases."""
-    rows = []
-    for prompt in settled.preview.prompts:
-        recipe = preview_recipe(studio, settled, prompt, name, 0.0)
-        scaled = studio.strip(recipe, [name], settled.preview.scales)
-        base = studio.render([recipe.at(scales=())] * len(settled.preview.scales))[0]
-        rows.append([base, *scaled])
-    return rows
 
 
 def likeness(

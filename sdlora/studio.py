@@ -68,6 +68,14 @@ class Studio:
         adapters = list(names)
         return self.render([replace(recipe, scales=tuple((name, scale) for name in adapters)) for scale in scales])
 
+    def strips(self, recipes: Sequence[Recipe], names: Iterable[str], scales: Sequence[float]) -> list[list[Image.Image]]:
+        """For each recipe: the base, then every scale. The bases are rendered without an adapter, in batches of a strip's size."""
+        adapters = list(names)
+        plain = [recipe.at(scales=()) for recipe in recipes]
+        padding = plain[-1:] * (-len(plain) % len(scales))
+        bases = self.render([*plain, *padding], batch=len(scales))
+        return [[base, *self.strip(recipe, adapters, scales)] for base, recipe in zip(bases, recipes, strict=False)]
+
     def png(self, picture: Image.Image, recipe: Recipe) -> bytes:
         """The picture as a PNG with its recipe inside."""
         return pictures.png(picture, recipe, self.family.base.name, [name for name, _ in recipe.scales])
@@ -81,7 +89,7 @@ class Studio:
                 "--size",
                 f"sides in multiples of {step}, at most {MAX_SIDE_PX}",
             )
-        if not 1 <= recipe.steps <= MAX_STEPS:
+        if not (isinstance(recipe.steps, int) and 1 <= recipe.steps <= MAX_STEPS):
             raise UserError("E-GEN-02", f"{recipe.steps} is no number of steps from 1 to {MAX_STEPS}", "--steps")
         if not 0 <= recipe.guidance <= 100:
             raise UserError("E-GEN-03", f"{recipe.guidance} is no guidance from 0 to 100", "--guidance")

@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from sdlora import safeio
 from sdlora.randomness import normal, stream
 
 GROUNDS = {
@@ -82,9 +83,9 @@ class Pictures:
         still = torch.tensor([[1.0, 0, 0, 0]]).expand(len(index), 4)
         return self.draw(torch.tensor(index), torch.ones(len(index), 3), still)
 
-    def sample(self, count: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
-        """Pixels and captions as the UNet sees them: three of four from the core, half on white, half exactly centred."""
-        core = rng.random(count) < 0.75
+    def sample(self, count: int, rng: np.random.Generator, core_share: float) -> tuple[Tensor, list[str]]:
+        """Pixels and captions: a share from the core names, half of them on white, half exactly centred at full size."""
+        core = rng.random(count) < core_share
         index = np.where(core, rng.choice(self.core, count), rng.integers(0, len(self.names), count))
         colour = np.where(rng.random(count) < 0.5, 0, rng.integers(1, len(GROUNDS), count))
         still = rng.random(count) < 0.5
@@ -206,9 +207,7 @@ def store(path: Path, params: dict[str, nn.Parameter], optimizer: torch.optim.Op
     for name, p in params.items():
         state = optimizer.state[p]
         tensors |= {f"param.{name}": p.detach(), f"m.{name}": state["exp_avg"], f"v.{name}": state["exp_avg_sq"]}
-    part = path.with_suffix(".part")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, part, {"step": str(step)})
-    part.replace(path)
+    safeio.write(path, save({k: v.contiguous() for k, v in tensors.items()}, {"step": str(step)}))
 
 
 def restore(path: Path, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
@@ -229,7 +228,7 @@ def train_vae(pictures: Pictures, stage: Stage, folder: Path) -> AutoencoderKL:
     def loss(step: int) -> Tensor:
         rng = stream(SEED, "vae", step)
         wild = stage.batch // 8
-        pixels, _ = pictures.sample(stage.batch // 2, rng)
+        pixels, _ = pictures.sample(stage.batch // 2, rng, 0.75)
         index = torch.from_numpy(rng.integers(0, len(pictures.names), stage.batch // 2 - wild))
         all_names = pictures.draw(
             index, rgb(rng.choice([0, *range(len(GROUNDS))], len(index))), torch.tensor([[1.0, 0, 0, 0]]).expand(len(index), 4)
@@ -255,7 +254,7 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 
 def pool(pictures: Pictures, vae: AutoencoderKL) -> Iterator[tuple[Tensor, list[str]]]:
     for part in range(POOL // 256):
-        pixels, captions = pictures.sample(256, stream(SEED, "pool", part))
+        pixels, captions = pictures.sample(256, stream(SEED, "pool", part), 0.85)
         with torch.autocast("cpu", torch.bfloat16):
             latents = encode(vae, pixels.to(memory_format=torch.channels_last))
         yield latents.float().contiguous(), captions
@@ -362,7 +361,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="measure instead of training")
     parser.add_argument("--all", action="store_true", help="with --check: all names, not the core alone")
     parser.add_argument("--vae-steps", type=int, default=8000)
-    parser.add_argument("--unet-steps", type=int, default=5000)
+    parser.add_argument("--unet-steps", type=int, default=5400)
     options = parser.parse_args()
     pictures = Pictures(options.folder)
     if options.check:
@@ -371,7 +370,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     vae = train_vae(pictures, Stage("vae", options.vae_steps, 16, 2e-3), options.out)
     print(f"VAE: {psnr(vae, pictures):.2f} dB PSNR", flush=True)
-    model, tokenizer = train_unet(pictures, vae, Stage("unet", options.unet_steps, 64, 1e-3), options.out)
+    model, tokenizer = train_unet(pictures, vae, Stage("unet", options.unet_steps, 32, 1e-3), options.out)
     assemble(vae, model, tokenizer, options.out / "model")
     check(pictures, options.out / "model", options.all)
 

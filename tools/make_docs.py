@@ -1,6 +1,6 @@
 """Writes docs/settings.md and docs/settings.schema.json from the settings' own fields, so that nothing is declared twice.
 
-    python tools/make_docs.py [--check]      --check: only say whether they are up to date
+python tools/make_docs.py [--check]      --check: only say whether they are up to date
 """
 
 import argparse
@@ -29,11 +29,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    stale = [name for name, text in documents().items() if not (DOCS / name).is_file() or (DOCS / name).read_text("utf-8") != text]
+    wanted = documents()
+    old = stale(wanted)
     if check:
-        sys.exit(f"out of date, run `make docs`: {', '.join(stale)}" if stale else 0)
-    for name in stale:
-        (DOCS / name).write_text(documents()[name], "utf-8")
+        sys.exit(f"out of date, run `make docs`: {', '.join(old)}" if old else 0)
+    for name in old:
+        (DOCS / name).write_text(wanted[name], "utf-8")
+
+
+def stale(wanted: dict[str, str]) -> list[str]:
+    """Names of the documents that are missing or say something else."""
+    return [name for name, text in wanted.items() if not (DOCS / name).is_file() or (DOCS / name).read_text("utf-8") != text]
 
 
 def documents() -> dict[str, str]:

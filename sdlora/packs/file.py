@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,12 @@ class Pack:
 
     @property
     def recommended_scale(self) -> float:
-        return float(self.metadata.get("sdlora.recommended_scale", 1.0))
+        """1 where a pack of another program says none, or nothing that is a number."""
+        try:
+            scale = float(self.metadata.get("sdlora.recommended_scale", 1.0))
+        except ValueError:
+            return 1.0
+        return scale if math.isfinite(scale) else 1.0
 
     @property
     def kind(self) -> str:

@@ -1,0 +1,58 @@
+"""Fixtures that several test files share; nothing here reaches the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import small
+import torch
+
+from sdlora import family
+from sdlora.family import Family
+from sdlora.packs.file import Pack, load
+from sdlora.studio import Studio
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random base of SD 1's structure: pictures of 32 px, four pixels to a latent."""
+    return small.make_base(tmp_path_factory.mktemp("bases") / "small-base", small.SMALL_UNET, text_layers=2, vae_levels=3)
+
+
+@pytest.fixture(scope="session")
+def sd15_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random base with every block of Stable Diffusion 1.5, only narrow: 512 px, eight pixels to a latent."""
+    return small.make_base(tmp_path_factory.mktemp("bases") / "narrow-sd15", small.NARROW_SD15, text_layers=12, vae_levels=4)
+
+
+@pytest.fixture
+def loaded(base: Path) -> Family:
+    """The small base, loaded afresh for each test."""
+    return family.load(family.find(str(base)), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five pictures of several shapes, three with captions; tests leave them as they are."""
+    return small.draw_folder(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture(scope="session")
+def pack_path(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack of random weights for the small base."""
+    loaded = family.load(family.find(str(base)), torch.device("cpu"), torch.float32)
+    return small.random_pack(tmp_path_factory.mktemp("packs") / "mira.safetensors", loaded)
+
+
+@pytest.fixture
+def pack(pack_path: Path) -> Pack:
+    return load(pack_path)
+
+
+@pytest.fixture
+def studio(base: Path) -> Studio:
+    """The small base, ready to draw, without a pack."""
+    return Studio.open(family.find(str(base)))

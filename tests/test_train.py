@@ -1,0 +1,396 @@
+"""Laws of the loop: who trains beside others ends as if alone, sums do not depend on their split, nothing not finite moves a weight."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sdlora import api, devices, family, job, lookup, optim
+from sdlora.adapter import Bank
+from sdlora.config import Run, flat
+from sdlora.data import cache
+from sdlora.data.batches import Prepared, micro_batch, picture_of
+from sdlora.errors import NUMBERS, UserError
+from sdlora.objective import Noised
+from sdlora.objectives import epsilon
+from sdlora.settings import Settings
+from sdlora.train import Goal, Learner, steps
+
+
+@pytest.fixture
+def doubles() -> Iterator[None]:
+    """float64 throughout."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def exact_noise(latents: Tensor, noise: Tensor, uniform: Tensor, alphas: Tensor, config: Settings) -> Noised:
+    assert isinstance(config, epsilon.Config)
+    return epsilon.noise(latents, noise.to(latents.dtype), uniform, alphas.to(latents.dtype), config)
+
+
+@dataclass
+class Cast:
+    """Learners over one base, ready to be trained."""
+
+    loaded: family.Family
+    bank: Bank
+    learners: list[Learner]
+    accelerator: Any
+    run: Run
+
+    def train(self, accumulation: int = 1, batch_size: int = 2) -> dict[str, dict[str, Tensor]]:
+        """Train to the end; the weights of each learner."""
+        settings = self.run.train.model_copy(update={"accumulation": accumulation, "batch_size": batch_size})
+        goal = Goal(exact_noise, self.run.objective)
+        self.told = list(steps(self.loaded, self.bank, self.learners, goal, settings, self.accelerator))
+        return {one.name: {name: p.detach().clone() for name, p in one.params.items()} for one in self.learners}
+
+
+def cast(runs: Sequence[Run], folder: Path, dtype: torch.dtype) -> Cast:
+    base = family.find(runs[0].base)
+    accelerator, _ = devices.for_training("fp32")
+    loaded = family.load(base, torch.device("cpu"), dtype)
+    bank, learners = Bank(loaded.components), []
+    for one in [job_of(run, base, loaded, folder) for run in runs]:
+        found = cache.latents(one.dataset.account.used, one.dataset.sizes, "white", loaded, folder / "cache")
+        latents = [(mean.to(dtype), std.to(dtype)) for mean, std in found]
+        learners.append(job.new_learner(one, loaded, bank, latents, accelerator))
+        for _, _, delta in bank.deltas(one.settled.name):
+            delta.to(dtype)
+    return Cast(loaded, bank, learners, accelerator, runs[0])
+
+
+def job_of(run: Run, base: family.Base, loaded: family.Family, folder: Path) -> job.Job:
+    dataset = job.fit_dataset(job.read_dataset(run), run, loaded)
+    return job.Job(run, base, folder, 0.0, dataset, job.sites(run, loaded))
+
+
+def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest relative difference between two adapters, tensor by tensor."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max() / a[name].abs().max()) for name in a)
+
+
+@pytest.fixture
+def two(pictures: Path, base: Path, tmp_path: Path) -> list[Run]:
+    """Two learners that differ in all that a learner may have of its own."""
+    other = small.draw_folder(tmp_path / "other", 4)
+    first = small.settled(pictures, base, name="mira", train__steps=50, adapter__targets=["unet.*", "text-encoder"], train__lr=3e-3)
+    rest: dict[str, Any] = {"train__steps": 50, "adapter__rank": 3, "adapter__alpha": 1.0, "data__caption_dropout": 0.4, "train__lr": 3e-3}
+    second = small.settled(other, base, name="tavi", seed=7, adapter__targets=["attention", "unet.*.conv1", "text-encoder"], **rest)
+    return [first, second]
+
+
+@pytest.mark.usefixtures("doubles")
+def test_a_cast_of_two_is_two_runs(two: list[Run], tmp_path: Path) -> None:
+    together = cast(two, tmp_path, torch.float64).train()
+    for run in two:
+        own = cast([run], tmp_path, torch.float64)
+        start = {name: p.detach().clone() for name, p in own.learners[0].params.items()}
+        single = own.train()[run.name]
+        assert all(p.dtype == torch.float64 for p in single.values())
+        assert apart(single, together[run.name]) <= 1e-9
+        assert apart(single, {name: p + 1e-6 for name, p in start.items()}) > 0.1, "the control: training moved the weights"
+
+
+@pytest.mark.usefixtures("doubles")
+def test_a_learner_whose_numbers_break_does_not_touch_the_other(two: list[Run], tmp_path: Path) -> None:
+    runs = [run.model_copy(update={"train": run.train.model_copy(update={"steps": 8})}) for run in two]
+    broken = cast(runs, tmp_path, torch.float64)
+    mean, std = broken.learners[0].data.latents[0]
+    broken.learners[0].data.latents[0] = (mean * math.nan, std)  # type: ignore[index]
+    ended = broken.train()
+    finite = torch.stack([one.finite for one in broken.told])
+    assert finite[:, 1].all()
+    assert not finite[:, 0].all()
+    assert all(p.isfinite().all() for p in ended["mira"].values())
+    assert apart(cast(runs[1:], tmp_path, torch.float64).train()["tavi"], ended["tavi"]) <= 1e-9
+
+
+@pytest.mark.usefixtures("doubles")
+def test_micro_batches_accumulate_to_one_large_batch(pictures: Path, base: Path, tmp_path: Path) -> None:
+    run = small.settled(pictures, base, train__steps=8, adapter__targets=["all-linear", "text-encoder"])
+    ended = {(size, times): cast([run], tmp_path, torch.float64).train(times, size)["mira"] for size, times in ((4, 1), (2, 2), (1, 4))}
+    assert apart(ended[4, 1], ended[2, 2]) <= 1e-9
+    assert apart(ended[4, 1], ended[1, 4]) <= 1e-9
+    assert apart(ended[4, 1], cast([run], tmp_path, torch.float64).train(1, 2)["mira"]) > 1e-3, "the control: half the samples"
+
+
+def test_the_loss_falls_on_a_single_picture(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (32, 32), "#c04020").save(tmp_path / "one" / "a.png")
+    run = small.settled(
+        tmp_path / "one", base, train__steps=60, train__batch_size=4, train__text_encoder_lr=0.0,
+        adapter__targets=["unet.*"], adapter__rank=8, train__schedule="constant",
+    )  # fmt: skip
+    trained = cast([run], tmp_path, torch.float32)
+    trained.train(batch_size=4)
+    losses = [float(one.loss) for one in trained.told]
+    assert sum(losses[-15:]) < 0.6 * sum(losses[:15])
+
+
+# ---------------------------------------------------------------- numbers that are not finite
+
+
+def test_a_step_that_is_not_finite_moves_nothing(pictures: Path, base: Path, tmp_path: Path) -> None:
+    run = small.settled(pictures, base, train__steps=4)
+    trained = cast([run], tmp_path, torch.float32)
+    learner = trained.learners[0]
+    sound = list(learner.data.latents)
+    before = {name: p.detach().clone() for name, p in learner.params.items()}
+    learner.data.latents[:] = [(mean * math.nan, std) for mean, std in sound]  # type: ignore[index]
+    ended = trained.train()["mira"]
+    assert not any(one.finite.any() for one in trained.told)
+    assert all(torch.equal(ended[name], p) for name, p in before.items())
+    slots = [slot for state in learner.optimizer.state.values() for slot in state.values()]
+    assert slots
+    assert not any(slot.any() for slot in slots), "nor does the optimizer remember it"
+    learner.data.latents[:] = sound  # type: ignore[index]
+    ended = trained.train()["mira"]
+    assert all(one.finite.all() for one in trained.told)
+    assert not all(torch.equal(ended[name], p) for name, p in before.items()), "the control: a sound step moves"
+
+
+def test_a_run_whose_numbers_break_ends_with_its_exit_code(pictures: Path, base: Path, tmp_path: Path) -> None:
+    broken = small.copy_base(base, tmp_path / "broken")
+    path = broken / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["encoder.conv_out.bias"] *= math.nan
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError, match="E-NUM-01") as caught:
+        list(api.train(small.settled(pictures, broken), tmp_path / "run"))
+    assert caught.value.exit_code == NUMBERS
+    assert not (tmp_path / "run" / "mira.safetensors").exists()
+
+
+# ---------------------------------------------------------------- rate
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(100, 10), (100, 0), (5, 5), (1, 0), (3, 10)])
+def test_the_rate_has_its_closed_form(steps: int, warmup: int, pictures: Path, base: Path) -> None:
+    for schedule in ("cosine", "constant"):
+        train = small.settled(pictures, base, train__steps=steps, train__warmup_steps=warmup, train__schedule=schedule).train
+        rates = [optim.rate(step, train) for step in range(steps + 1)]
+        assert all(0 < rate <= 1 for rate in rates[:-1])
+        for step in range(min(warmup, steps)):
+            assert rates[step] == pytest.approx((step + 1) / (warmup + 1))
+        if warmup < steps:
+            assert rates[warmup] == 1.0
+            middle = (steps - warmup) / 2
+            if schedule == "cosine" and middle.is_integer():
+                assert rates[warmup + int(middle)] == pytest.approx(0.5)
+            assert rates[steps] == pytest.approx(0.0 if schedule == "cosine" else 1.0)
+            assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+
+
+def test_each_part_learns_at_its_own_rate(pictures: Path, base: Path, tmp_path: Path) -> None:
+    run = small.settled(pictures, base, train__lr=1e-2, train__text_encoder_lr=1e-3)
+    learner = cast([run], tmp_path, torch.float32).learners[0]
+    for factor in (1.0, 0.25):
+        optim.set_rate(learner.optimizer, factor)
+        assert [group["lr"] for group in learner.optimizer.param_groups] == pytest.approx([1e-2 * factor, 1e-3 * factor])
+    held = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in learner.params.values()}
+
+
+def test_a_rate_of_zero_leaves_the_text_encoder_alone(pictures: Path, base: Path, tmp_path: Path) -> None:
+    run = small.settled(pictures, base, train__text_encoder_lr=0.0)
+    learner = cast([run], tmp_path, torch.float32).learners[0]
+    assert learner.data.text.is_floating_point(), "its states are computed once"
+    assert not any(name.startswith("text_encoder") for name in learner.params)
+
+
+# ---------------------------------------------------------------- samples
+
+
+def tagged(count: int, seed: int = 0, dropout: float = 0.0) -> Prepared:
+    """Data whose latents are the picture's number, without spread, and so are its tokens; the empty caption is -1."""
+    latents = [(torch.full((1, 2, 2), float(i)), torch.zeros(1, 2, 2)) for i in range(count)]
+    return Prepared(seed, latents, torch.tensor([*range(count), -1])[:, None], dropout)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_every_epoch_shows_every_picture_once(count: int, size: int) -> None:
+    epochs = 2 * size
+    shown = []
+    for start in range(0, epochs * count, size):
+        for batch in micro_batch([tagged(count)], range(start, start + size)):
+            shown += batch.latents[:, 0, 0, 0].long().tolist()
+            assert batch.text[:, 0].tolist() == shown[-len(batch.text) :], "with its own caption"
+    assert len(shown) == epochs * count
+    for epoch in range(epochs):
+        assert sorted(shown[epoch * count : (epoch + 1) * count]) == list(range(count))
+    assert shown == [picture_of(number, count, 0) for number in range(epochs * count)], "whatever the batch size"
+
+
+def test_orders_differ_between_epochs_and_seeds() -> None:
+    orders = {tuple(picture_of(epoch * 20 + i, 20, seed) for i in range(20)) for epoch in range(5) for seed in range(5)}
+    assert len(orders) == 25
+
+
+def test_a_sample_is_the_same_in_any_batch() -> None:
+    def draw(learners: list[Prepared], numbers: range) -> dict[tuple[int, int], list[Tensor]]:
+        (batch,) = micro_batch(learners, numbers)
+        keys = [(slot, number) for slot in range(len(learners)) for number in numbers]
+        return {key: [batch.latents[i], batch.noise[i], batch.uniform[i], batch.text[i]] for i, key in enumerate(keys)}
+
+    data = [tagged(5, 0, 0.3), tagged(3, 1, 0.3)]
+    whole = draw(data, range(12))
+    for number in range(12):
+        for slot, one in enumerate(data):
+            alone = draw([one], range(number, number + 1))[0, number]
+            assert all(torch.equal(a, b) for a, b in zip(alone, whole[slot, number], strict=True))
+    noises = {tuple(sample[1].flatten().tolist()) for sample in whole.values()}
+    assert len(noises) == 24, "the control: no two samples share their noise"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_captions_are_dropped_as_often_as_is_set(share: float) -> None:
+    (batch,) = micro_batch([tagged(4, 3, share)], range(1500))
+    dropped = (batch.text[:, 0] == -1).float().mean().item()
+    assert abs(dropped - share) <= 4 * math.sqrt(share * (1 - share) / 1500)
+    uniform = batch.uniform
+    assert 0 <= uniform.min() < 0.01
+    assert 0.99 < uniform.max() < 1
+    if share == 0.5:  # what is dropped says nothing about where in the schedule a sample is
+        assert abs(uniform[batch.text[:, 0] == -1].mean() - 0.5) < 0.05
+
+
+def test_pictures_of_several_shapes_share_a_batch(pictures: Path, base: Path, tmp_path: Path) -> None:
+    learner = cast([small.settled(pictures, base)], tmp_path, torch.float32).learners[0]
+    parts = list(micro_batch([learner.data], range(5)))
+    assert len(parts) == len({tuple(mean.shape) for mean, _ in learner.data.latents}) > 1
+    assert sum(len(part.slot) for part in parts) == 5
+
+
+@pytest.mark.parametrize("name", lookup.names("objectives"))
+def test_an_objective_gives_what_the_loss_needs(name: str) -> None:
+    module = lookup.find("objectives", name)
+    alphas = torch.linspace(0.999, 0.005, 1000)
+    latents, noise = small.numbers((6, 4, 3, 3)), small.numbers((6, 4, 3, 3), 1)
+    uniform = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 1 - 2**-24])
+    noised = module.noise(latents, noise, uniform, alphas, module.Config())
+    assert noised.x.shape == noised.target.shape == latents.shape
+    assert noised.t.shape == noised.weight.shape == (6,)
+    assert noised.t.min() >= 0
+    assert noised.t.max() <= 999
+    assert (noised.weight > 0).all()
+    one = module.noise(latents[2:3], noise[2:3], uniform[2:3], alphas, module.Config())
+    assert torch.equal(one.x[0], noised.x[2]), "a sample's noise does not depend on its batch"
+
+
+def test_epsilon_is_the_formula() -> None:
+    alphas = torch.linspace(0.999, 0.005, 1000)
+    latents, noise, uniform = small.numbers((3, 4, 2, 2)), small.numbers((3, 4, 2, 2), 1), torch.tensor([0.0, 0.5, 0.99])
+    noised = epsilon.noise(latents, noise, uniform, alphas, epsilon.Config(min_snr_gamma=5.0))
+    for i, t in enumerate([0, 500, 990]):
+        a = float(alphas[t])
+        assert int(noised.t[i]) == t
+        torch.testing.assert_close(noised.x[i], math.sqrt(a) * latents[i] + math.sqrt(1 - a) * noise[i], rtol=1e-5, atol=1e-5)
+        assert float(noised.weight[i]) == pytest.approx(min(a / (1 - a), 5.0) / (a / (1 - a)), rel=1e-3)
+    assert torch.equal(noised.target, noise)
+    assert (epsilon.noise(latents, noise, uniform, alphas, epsilon.Config(min_snr_gamma=0.0)).weight == 1).all()
+
+
+def test_the_ledger_counts_what_is_trained_on(pictures: Path, base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    list(api.train(small.settled(pictures, base, train__steps=1), out))
+    ledger = json.loads((out / "ledger.json").read_text())
+    assert ledger["totals"] == {"found": 5, "used": 5, "left_out": 0}
+    assert {row["file"] for row in ledger["pictures"]} == {path.name for path in pictures.iterdir() if path.suffix != ".txt"}
+
+
+# ---------------------------------------------------------------- every setting does something
+
+BY_WEIGHTS: dict[str, Any] = {
+    "kind": "style",
+    "trigger": "zorn",
+    "seed": 5,
+    "data.resolution_px": 40,
+    "data.ground": "black",
+    "data.caption_dropout": 1.0,
+    "adapter.rank": 3,
+    "adapter.alpha": 0.5,
+    "adapter.targets": ["attention"],
+    "objective.min_snr_gamma": 0.0,
+    "train.steps": 4,
+    "train.batch_size": 3,
+    "train.accumulation": 2,
+    "train.lr": 2e-2,
+    "train.text_encoder_lr": 1e-3,
+    "train.schedule": "constant",
+    "train.warmup_steps": 0,
+    "train.weight_decay": 0.5,
+    "train.clip_norm": 1e-3,
+    "train.precision": "bf16",
+}
+BY_STRIP: dict[str, Any] = {
+    "preview.prompts": ["a cat"],
+    "preview.scales": [0.0, 2.0],
+    "preview.seed": 3,
+    "preview.steps": 2,
+    "preview.guidance": 1.0,
+}
+ELSEWHERE = {  # which test shows it
+    "name": "test_resume: another run does not go on in the folder",
+    "base": "test_config: a row is chosen by the size of the base",
+    "data.folder": "test_train: a cast of two is two runs",
+    "data.skip_unreadable": "test_data: what is left out is accounted for",
+    "adapter.kind": "test_adapter: every kind",
+    "objective.kind": "test_train: an objective gives what the loss needs",
+    "train.save_every": "test_resume: what may change is said",
+    "train.keep_checkpoints": "test_resume: the newest checkpoints are kept",
+    "train.log_every": "test_train: the loss is read as often as is set",
+}
+
+
+def test_every_setting_is_shown_to_do_something(pictures: Path, base: Path) -> None:
+    names = {name for name, _ in flat(small.settled(pictures, base))}
+    shown = [*BY_WEIGHTS, *BY_STRIP, *ELSEWHERE]
+    assert sorted(shown) == sorted(names)
+
+
+@pytest.fixture(scope="module")
+def usual(pictures: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("usual") / "run"
+    list(api.train(small.settled(pictures, base, train__steps=3, preview__scales=[0.0, 1.0], preview__steps=1), out))
+    return outcome(out)
+
+
+def outcome(out: Path) -> dict[str, Any]:
+    weights = {key: tensor.tolist() for key, tensor in load_file(out / "mira.safetensors").items() if not key.endswith("alpha")}
+    with Image.open(out / "strip.png") as strip:
+        return {"weights": weights, "strip": strip.tobytes()}
+
+
+@pytest.mark.parametrize("name", [*BY_WEIGHTS, *BY_STRIP])
+def test_a_setting_does_something(name: str, usual: dict[str, Any], pictures: Path, base: Path, tmp_path: Path) -> None:
+    changes = {"train__steps": 3, "preview__scales": [0.0, 1.0], "preview__steps": 1}
+    changes[name.replace(".", "__")] = (BY_WEIGHTS | BY_STRIP)[name]
+    list(api.train(small.settled(pictures, base, **changes), tmp_path / "run"))
+    changed = outcome(tmp_path / "run")
+    assert (changed["weights"] != usual["weights"]) == (name in BY_WEIGHTS)
+    assert changed["strip"] != usual["strip"] or name in BY_WEIGHTS
+
+
+def test_the_loss_is_read_as_often_as_is_set(pictures: Path, base: Path, tmp_path: Path) -> None:
+    """Losses that are read together are logged together: at steps 4 and 6 here, since the last one is always read."""
+    list(api.train(small.settled(pictures, base, train__log_every=4, train__save_every=6), tmp_path / "run"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    told = [line["time"] for line in lines if line["kind"] == "step"]
+    assert len(told) == 6
+    gaps = [b - a for a, b in pairwise(told)]
+    assert gaps[3] == max(gaps)

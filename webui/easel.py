@@ -1,0 +1,228 @@
+"""What stands behind the studio's page: bases kept in memory, packs read once, pictures drawn once."""
+
+import hashlib
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from threading import Lock, RLock
+from typing import TypeAlias
+
+from PIL import Image
+
+from sdlora import api
+from sdlora.api import Pack, Recipe, Studio, UserError
+from webui.recent import Recent
+from webui.shelf import Found, Shelf
+
+NONE = ""  # the id of no pack: the base alone
+STRIP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+SCALES = (-1.0, 2.0)  # ends of the slider
+MAX_PICTURES, MAX_PACKS = 256, 16
+ASPECTS = {"square": (1, 1), "portrait": (2, 3), "landscape": (3, 2)}
+
+Key: TypeAlias = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the page's controls say."""
+
+    pack: str
+    prompt: str
+    negative: str
+    seed: int | None
+    steps: int
+    guidance: float
+    size: str
+    scale: float
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pack, or none, with the base that it is drawn on."""
+
+    base: str
+    found: Found | None = None
+    pack: Pack | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the page sets its controls to when a pack is chosen."""
+
+    pack: str
+    base: str
+    trigger: str
+    scale: float
+    guidance: float
+    sizes: dict[str, str]  # label: WxH
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn picture: a PNG file with its recipe inside, and the SHA-256 of its RGB bytes."""
+
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Base and adapter on one seed, each drawn as a batch of one, so that they can be compared bit for bit."""
+
+    base: Picture
+    adapter: Picture
+    command: str
+    cut: bool  # whether the base leaves the end of the prompt unread
+
+
+class Easel:
+    """Draws wishes for every session of the process; one base is loaded once, one picture drawn at a time.
+
+    A single pack sits on a base at a time, which takes milliseconds: so nothing that was looked at before can touch a picture's last
+    bits, its name in the recipe is its own, and it is the very picture that the command line draws.
+    """
+
+    def __init__(self, shelf: Shelf, folder: Path) -> None:
+        self.shelf, self.folder = shelf, folder
+        self._numbers = count(1)
+        self._studios: dict[str, Studio] = {}
+        self._seated: dict[str, tuple[Found, str]] = {}  # base: the pack that sits on it, and the name it goes by
+        self._packs: Recent[Pack] = Recent(MAX_PACKS)
+        self._pictures: Recent[Picture] = Recent(MAX_PICTURES, lambda picture: picture.path.unlink(missing_ok=True))
+        self._keeping, self._drawing = RLock(), Lock()  # whoever holds both took `_drawing` first
+
+    def choose(self, id: str) -> Choice:
+        """Read a pack and load its base, and say what suits them. Raises `UserError`."""
+        subject = self._subject(id)
+        studio = self._studio(subject.base)
+        usual = studio.recipe("")
+        pack = subject.pack
+        scale = min(max(pack.recommended_scale, SCALES[0]), SCALES[1]) if pack else 0.0
+        return Choice(id, subject.base, pack.trigger if pack else "", scale, usual.guidance, sizes(usual.width, studio.family.step_px))
+
+    def pair(self, wish: Wish) -> Pair:
+        """The base and the adapter at the wish's scale. Raises `UserError`."""
+        with self._drawing:
+            subject, studio, recipe = self._ready(wish)
+            (base,) = self._draw(subject, studio, [recipe])
+            scaled = self._scaled(subject, recipe, [wish.scale])
+            (adapter,) = self._draw(subject, studio, scaled)
+            cut = bool(studio.cut_prompts([wish.prompt, wish.negative]))
+        return Pair(base, adapter, command(wish, subject), cut)
+
+    def strip(self, wish: Wish) -> list[Picture]:
+        """The adapter at each scale of `STRIP`, drawn as one batch. Raises `UserError`."""
+        with self._drawing:
+            subject, studio, recipe = self._ready(wish)
+            if subject.pack is None:
+                raise UserError("E-UI-02", "the base alone has no scales to compare", "pack", "choose a pack first")
+            return self._draw(subject, studio, self._scaled(subject, recipe, STRIP))
+
+    def _ready(self, wish: Wish) -> tuple[Subject, Studio, Recipe]:
+        """The wish with its base loaded, its pack on it, and its recipe checked, at no scale yet."""
+        if wish.seed is None:
+            raise UserError("E-UI-03", "no seed is given", "seed", "write a whole number from 0 on")
+        subject = self._subject(wish.pack)
+        studio = self._studio(subject.base)
+        recipe = studio.recipe(wish.prompt, wish.size, wish.guidance, negative=wish.negative, seed=wish.seed, steps=wish.steps)
+        self._seat(subject, studio)
+        return subject, studio, recipe
+
+    def _subject(self, id: str) -> Subject:
+        if id != NONE:
+            found = self.shelf.find(id)
+            pack = self._read(found)
+            return Subject(base_of(found, pack), found, pack)
+        for found in self.shelf.packs()[:1]:  # the base alone is that of the newest pack
+            try:
+                return Subject(base_of(found, self._read(found)))
+            except UserError:
+                break
+        return Subject("tiny")
+
+    def _read(self, found: Found) -> Pack:
+        with self._keeping:
+            pack = self._packs.get(found)
+            if pack is None:
+                pack = api.open_pack(found.path)
+                self._packs.put(found, pack)
+            return pack
+
+    def _studio(self, base: str) -> Studio:
+        with self._keeping:
+            if base not in self._studios:
+                self._studios[base] = api.open_studio(base=base)
+            return self._studios[base]
+
+    def _seat(self, subject: Subject, studio: Studio) -> None:
+        """Let the subject's pack, and no other, sit on its base."""
+        seated = self._seated.get(subject.base)
+        if subject.found is None or subject.pack is None or (seated and seated[0] == subject.found):
+            return
+        if seated:
+            del self._seated[subject.base]
+            studio.remove(seated[1])
+        self._seated[subject.base] = subject.found, studio.add(subject.pack)
+
+    def _scaled(self, subject: Subject, recipe: Recipe, scales: Sequence[float]) -> list[Recipe]:
+        if subject.pack is None:
+            return [recipe] * len(scales)
+        return [replace(recipe, scales=((self._seated[subject.base][1], round(scale, 3)),)) for scale in scales]
+
+    def _draw(self, subject: Subject, studio: Studio, recipes: list[Recipe]) -> list[Picture]:
+        """The pictures of one batch. A picture belongs to its batch's size: its last bits depend on it."""
+        owners = [subject.found if recipe.scales else None for recipe in recipes]
+        wanted: list[Key] = [(subject.base, owner, recipe, len(recipes)) for owner, recipe in zip(owners, recipes, strict=True)]
+        kept = [picture for picture in map(self._pictures.get, wanted) if picture and picture.path.is_file()]  # /tmp may be swept
+        if len(kept) == len(recipes):
+            return kept
+        drawn = [self._keep(studio, picture, recipe) for picture, recipe in zip(studio.render(recipes), recipes, strict=True)]
+        for key, picture in zip(wanted, drawn, strict=True):
+            self._pictures.put(key, picture)
+        return drawn
+
+    def _keep(self, studio: Studio, picture: Image.Image, recipe: Recipe) -> Picture:
+        named = [f"{name}-scale{scale:g}" for name, scale in recipe.scales] or ["base"]
+        plain = "".join(c if c.isalnum() or c in "._+-" else "-" for c in "-".join(named))
+        path = self.folder / f"{plain}-seed{recipe.seed}-{next(self._numbers):04}.png"
+        api.save_picture(path, studio, picture, recipe)
+        return Picture(path, hashlib.sha256(picture.convert("RGB").tobytes()).hexdigest())
+
+
+def sizes(native_px: int, step_px: int) -> dict[str, str]:
+    """Sizes of about the area that a base was trained on, in multiples of its step: what they are called, and WxH."""
+    found = {}
+    for name, (wide, high) in ASPECTS.items():
+        ratio = (wide / high) ** 0.5
+        width, height = (max(1, round(native_px * side / step_px)) * step_px for side in (ratio, 1 / ratio))
+        found[f"{name}, {width} × {height}"] = f"{width}x{height}"
+    return found
+
+
+def base_of(found: Found, pack: Pack) -> str:
+    """The base to draw a pack on: its own, by the path that its run knew if that is a folder here; else `tiny`."""
+    config = found.path.parent / "config.toml"
+    if pack.base and config.is_file():
+        known = str(api.read_settings(config, []).get("base", ""))
+        if Path(known).is_dir() and Path(known).resolve().name == pack.base:
+            return known
+    return pack.base or "tiny"
+
+
+def command(wish: Wish, subject: Subject) -> str:
+    """The command line that draws the same picture."""
+    words = ["sdlora", "generate"]
+    if subject.found:
+        words.append(f"{subject.found.path}:{round(wish.scale, 3):g}")
+    if subject.base != (subject.pack.base if subject.pack else "tiny"):
+        words += ["--base", subject.base]
+    words += ["--prompt", wish.prompt]
+    if wish.negative:
+        words += ["--negative", wish.negative]
+    words += ["--seed", str(wish.seed), "--steps", str(wish.steps), "--guidance", f"{wish.guidance:g}"]
+    if wish.size:
+        words += ["--size", wish.size]
+    return shlex.join([*words, "--out", "picture.png"])
