@@ -65,6 +65,25 @@ def faults(monkeypatch: pytest.MonkeyPatch, folder: Path, writer: Callable[[Path
         found += [f"step {at}: left {other.name}" for other in path.parent.iterdir() if other != path]
 
 
+def undurable(calls: list[str], files: int) -> list[str]:
+    """What a power loss could take: contents are flushed before the name changes, and the folder that holds it after."""
+    before, _, after = " ".join(calls).partition("replace")
+    found = [] if before.split().count("fsync") >= files else ["contents are not flushed before the rename"]
+    return found if "fsync" in after else [*found, "the rename is not flushed"]
+
+
+def test_what_is_written_outlives_a_power_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with failing(monkeypatch, 0, 0) as calls:
+        safeio.write(tmp_path / "file", NEW)
+    assert undurable(calls, 1) == []
+    with failing(monkeypatch, 0, 0) as calls:
+        safeio.write_folder(tmp_path / "folder", FILES)
+    assert undurable(calls, len(FILES) + 2) == [], "the files, their manifest and the folder that lists them"
+    with failing(monkeypatch, 0, 0) as calls:
+        naive(tmp_path / "file", OLD)
+    assert undurable(calls, 1), "the control"
+
+
 def naive(path: Path, content: bytes) -> None:
     """How not to write a file."""
     try:

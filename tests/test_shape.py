@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "lookup", "settings", "randomness", "safeio", "defaults", "config",
-    "family", "adapter", "objective", "families", "adapters", "objectives",
+    "adapter", "family", "objective", "families", "adapters", "objectives",
     "devices", "data", "generate", "optim", "packs", "pictures", "score",
     "train", "state", "studio", "job", "api", "cli",
 ]  # fmt: skip
