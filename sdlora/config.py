@@ -54,7 +54,7 @@ class Train(Settings):
     """AdamW's decoupled weight decay (Loshchilov & Hutter 2019)."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm when they exceed it."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None
     """Arithmetic of the frozen base; the adapter's own weights are always fp32. auto: bf16 where the hardware computes in it."""
     save_every: Count | None = None
     """Steps between checkpoints."""

@@ -65,7 +65,7 @@ class Job:
 def run(settled: Run, base: Base, out: Path) -> Iterator[Event]:
     """Train a resolved run into a folder, going on from its last checkpoint if it has one. Every event is also in its log."""
     began = time.time()
-    accelerator, dtype = devices.for_training(settled.train.precision)
+    accelerator, dtype = devices.for_training(given(settled.train.precision))
     dataset = read_dataset(settled)
     loaded = family.load(base, accelerator.device, dtype)
     job = Job(settled, base, out, began, fit_dataset(dataset, settled, loaded), sites(settled, loaded))

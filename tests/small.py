@@ -77,10 +77,10 @@ def copy_base(base: Path, folder: Path) -> Path:
     return folder
 
 
-def draw_folder(folder: Path, count: int = 5) -> Path:
+def draw_folder(folder: Path, count: int = 5, square: bool = False) -> Path:
     """Pictures of several shapes: the second is wide, the third transparent, the fourth turned by its EXIF field, the fifth tall."""
     folder.mkdir(parents=True)
-    sizes = [(48, 48), (64, 40), (48, 48), (40, 64), (36, 56)]
+    sizes = [(48, 48)] if square else [(48, 48), (64, 40), (48, 48), (40, 64), (36, 56)]
     for i in range(count):
         size = sizes[i % len(sizes)]
         picture = Image.new("RGBA", size, (40 * i % 256, 200 - 30 * i % 200, 90, 255))

@@ -52,11 +52,11 @@ SETTINGS = {"plain": {}, "constant": {"train__schedule": "constant", "train__acc
 
 
 @pytest.fixture(scope="module")
-def whole(pictures: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def whole(squares: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An uninterrupted run for each of the settings; five pictures, so that a step of two or four ends in mid-epoch."""
     folder = tmp_path_factory.mktemp("whole")
     for name, settings in SETTINGS.items():
-        go(small.settled(pictures, base, **settings), folder / name)
+        go(small.settled(squares, base, **settings), folder / name)
     return {name: folder / name for name in SETTINGS}
 
 
@@ -65,9 +65,9 @@ STOPS = {"plain": [(3,), (5,)], "constant": [(1,), (3,), (1, 1, 4)], "cosine": [
 
 @pytest.mark.parametrize(("name", "stops"), [(name, stops) for name, found in STOPS.items() for stops in found], ids=str)
 def test_stopped_anywhere_it_ends_the_same(
-    name: str, stops: tuple[int, ...], whole: dict[str, Path], pictures: Path, base: Path, tmp_path: Path
+    name: str, stops: tuple[int, ...], whole: dict[str, Path], squares: Path, base: Path, tmp_path: Path
 ) -> None:
-    run = small.settled(pictures, base, **SETTINGS[name])
+    run = small.settled(squares, base, **SETTINGS[name])
     for stop in stops:
         go(run, tmp_path / "run", stop)
         assert not (tmp_path / "run" / "mira.safetensors").exists()
@@ -75,24 +75,24 @@ def test_stopped_anywhere_it_ends_the_same(
     assert differences(pack(tmp_path / "run"), pack(whole[name])) == []
 
 
-def test_another_seed_would_be_noticed(whole: dict[str, Path], pictures: Path, base: Path, tmp_path: Path) -> None:
-    go(small.settled(pictures, base, seed=1), tmp_path / "run")
+def test_another_seed_would_be_noticed(whole: dict[str, Path], squares: Path, base: Path, tmp_path: Path) -> None:
+    go(small.settled(squares, base, seed=1), tmp_path / "run")
     different = differences(pack(tmp_path / "run"), pack(whole["plain"]))
     assert "ss_seed" in different
     assert any(key.endswith("lora_up.weight") for key in different)
     assert differences(pack(whole["plain"]), pack(whole["constant"]))
 
 
-def test_a_resumed_run_does_not_start_over(pictures: Path, base: Path, tmp_path: Path) -> None:
-    run = small.settled(pictures, base)
+def test_a_resumed_run_does_not_start_over(squares: Path, base: Path, tmp_path: Path) -> None:
+    run = small.settled(squares, base)
     go(run, tmp_path / "run", 5)
     events = go(run, tmp_path / "run")
     assert [event.step for event in events if event.kind == "step"] == [5, 6]
     assert any("going on from step 4" in text for text in told(events, "note"))
 
 
-def test_a_finished_run_run_again_gives_the_same_pack(whole: dict[str, Path], pictures: Path, base: Path, tmp_path: Path) -> None:
-    run = small.settled(pictures, base)
+def test_a_finished_run_run_again_gives_the_same_pack(whole: dict[str, Path], squares: Path, base: Path, tmp_path: Path) -> None:
+    run = small.settled(squares, base)
     go(run, tmp_path / "run")
     events = go(run, tmp_path / "run")
     assert told(events, "step") == []
@@ -106,8 +106,8 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
-def test_a_damaged_checkpoint_is_passed_over(name: str, whole: dict[str, Path], pictures: Path, base: Path, tmp_path: Path) -> None:
-    run = small.settled(pictures, base)
+def test_a_damaged_checkpoint_is_passed_over(name: str, whole: dict[str, Path], squares: Path, base: Path, tmp_path: Path) -> None:
+    run = small.settled(squares, base)
     out = tmp_path / "run"
     go(run, out, 5)
     assert state.steps(out) == [2, 4]
@@ -119,8 +119,8 @@ def test_a_damaged_checkpoint_is_passed_over(name: str, whole: dict[str, Path], 
     assert safeio.read_folder(state.folder(out, 4)) is not None, "and it is mended on the way"
 
 
-def test_when_all_checkpoints_are_damaged_it_starts_over(whole: dict[str, Path], pictures: Path, base: Path, tmp_path: Path) -> None:
-    run = small.settled(pictures, base)
+def test_when_all_checkpoints_are_damaged_it_starts_over(whole: dict[str, Path], squares: Path, base: Path, tmp_path: Path) -> None:
+    run = small.settled(squares, base)
     out = tmp_path / "run"
     go(run, out, 5)
     for step in state.steps(out):
@@ -130,8 +130,8 @@ def test_when_all_checkpoints_are_damaged_it_starts_over(whole: dict[str, Path],
     assert differences(pack(out), pack(whole["plain"])) == []
 
 
-def test_what_a_killed_writer_left_is_swept_away(pictures: Path, base: Path, tmp_path: Path) -> None:
-    run = small.settled(pictures, base)
+def test_what_a_killed_writer_left_is_swept_away(squares: Path, base: Path, tmp_path: Path) -> None:
+    run = small.settled(squares, base)
     out = tmp_path / "run"
     go(run, out, 3)
     (out / "checkpoints" / f"{safeio.TEMPORARY}1-ckpt-000004").mkdir()
@@ -141,8 +141,8 @@ def test_what_a_killed_writer_left_is_swept_away(pictures: Path, base: Path, tmp
 
 
 @pytest.mark.parametrize("keep", [2, 4])
-def test_the_newest_checkpoints_are_kept(keep: int, pictures: Path, base: Path, tmp_path: Path) -> None:
-    go(small.settled(pictures, base, train__save_every=1, train__keep_checkpoints=keep), tmp_path / "run")
+def test_the_newest_checkpoints_are_kept(keep: int, squares: Path, base: Path, tmp_path: Path) -> None:
+    go(small.settled(squares, base, train__save_every=1, train__keep_checkpoints=keep), tmp_path / "run")
     assert state.steps(tmp_path / "run") == list(range(7 - keep, 7))
     assert all(safeio.read_folder(state.folder(tmp_path / "run", step)) for step in state.steps(tmp_path / "run"))
 
@@ -151,48 +151,48 @@ def test_the_newest_checkpoints_are_kept(keep: int, pictures: Path, base: Path, 
     ("change", "named"),
     [({"adapter__rank": 3}, "adapter.rank"), ({"seed": 1}, "seed"), ({"kind": "style"}, "kind"), ({"name": "tavi"}, "name")],
 )
-def test_another_run_does_not_go_on_in_the_folder(change: dict[str, int], named: str, pictures: Path, base: Path, tmp_path: Path) -> None:
+def test_another_run_does_not_go_on_in_the_folder(change: dict[str, int], named: str, squares: Path, base: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    go(small.settled(pictures, base), out, 3)
+    go(small.settled(squares, base), out, 3)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="E-RUN-02") as caught:
-        go(small.settled(pictures, base, **change), out)
+        go(small.settled(squares, base, **change), out)
     assert named in str(caught.value)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_what_may_change_is_said(pictures: Path, base: Path, tmp_path: Path) -> None:
+def test_what_may_change_is_said(squares: Path, base: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    go(small.settled(pictures, base), out, 3)
-    events = go(small.settled(pictures, base, train__save_every=3), out)
+    go(small.settled(squares, base), out, 3)
+    events = go(small.settled(squares, base, train__save_every=3), out)
     assert any("train.save_every" in text and "2" in text and "3" in text for text in told(events, "note"))
     assert state.steps(out)[-1] == 6
-    events = go(small.settled(pictures, base, train__save_every=3), out)
+    events = go(small.settled(squares, base, train__save_every=3), out)
     assert not any("train.save_every" in text for text in told(events, "note")), "and only once"
 
 
-def test_a_run_that_could_not_start_stands_in_nobodys_way(pictures: Path, base: Path, tmp_path: Path) -> None:
+def test_a_run_that_could_not_start_stands_in_nobodys_way(squares: Path, base: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(UserError, match="E-ADAPT-01"):
-        go(small.settled(pictures, base, adapter__targets=["nothing"]), out)
+        go(small.settled(squares, base, adapter__targets=["nothing"]), out)
     with pytest.raises(UserError, match="E-DATA"):
         go(small.settled(tmp_path / "nowhere", base), out)
     assert not out.exists()
-    go(small.settled(pictures, base), out, 1)
+    go(small.settled(squares, base), out, 1)
 
 
-def test_a_folder_of_other_things_is_left_alone(pictures: Path, base: Path, tmp_path: Path) -> None:
+def test_a_folder_of_other_things_is_left_alone(squares: Path, base: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "diary.txt").write_text("mine")
     with pytest.raises(UserError, match="E-RUN-03"):
-        go(small.settled(pictures, base), tmp_path / "run")
+        go(small.settled(squares, base), tmp_path / "run")
     assert os.listdir(tmp_path / "run") == ["diary.txt"]
 
 
-def test_events_are_logged_one_a_line(pictures: Path, base: Path, tmp_path: Path) -> None:
+def test_events_are_logged_one_a_line(squares: Path, base: Path, tmp_path: Path) -> None:
     import json
 
-    events = go(small.settled(pictures, base), tmp_path / "run")
+    events = go(small.settled(squares, base), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines] == [event.kind for event in events]
     assert events[-1].kind == "done"
@@ -220,11 +220,11 @@ def killed(arguments: list[str], out: Path, checkpoint: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_process_resumes_to_the_same_pack(pictures: Path, base: Path, tmp_path: Path) -> None:
+def test_a_killed_process_resumes_to_the_same_pack(squares: Path, base: Path, tmp_path: Path) -> None:
     settings = {"steps": 120, "batch_size": 2, "save_every": 20, "warmup_steps": 10, "precision": '"fp32"'}
     options = [part for key, value in settings.items() for part in ("--set", f"train.{key}={value}")]
     options += ["--set", "preview.scales=[]", "--set", "data.resolution_px=32", "--set", "adapter.rank=2"]
-    train = command("train", pictures, "--name", "mira", "--base", base, *options, "--out")
+    train = command("train", squares, "--name", "mira", "--base", base, *options, "--out")
     subprocess.run([*train, str(tmp_path / "whole")], check=True, capture_output=True)
     out = tmp_path / "run"
     killed([*train, str(out)], out, 20)

@@ -76,7 +76,6 @@ class Picture:
     tilt: float = 0
     antenna: float = 0
     gaze: complex = 0
-    mirror: bool = False
 
     @property
     def caption(self) -> str:
@@ -113,37 +112,37 @@ POSES = {
 }
 
 TRAINING = (
-    Picture("standing", "happy", "white", (256, 256), 0.90),
-    Picture("standing", "calm", "grey", (320, 320), 0.86, -3, 12, 1.5),
-    Picture("standing", "surprised", "red", (256, 256), 0.90, 0, -14),
-    Picture("standing", "winking", "white", (192, 192), 0.88, 5, 8),
-    Picture("waving", "happy", "blue", (256, 256), 0.88, -4, 6),
-    Picture("waving", "winking", "white", (320, 320), 0.90, 4, -8, mirror=True),
-    Picture("waving", "surprised", "green", (256, 320), 0.76, 0, 10),
-    Picture("hands on hips", "happy", "yellow", (256, 256), 0.92, 0, 4),
-    Picture("hands on hips", "winking", "white", (288, 288), 0.84, -5, -12),
-    Picture("arms folded", "calm", "orange", (256, 256), 0.88, 3, 8, -1.5),
-    Picture("arms folded", "sleepy", "yellow", (320, 256), 0.90, -3, 18),
-    Picture("arms behind back", "happy", "green", (256, 256), 0.86, 6, -6, mirror=True),
-    Picture("sitting", "happy", "white", (256, 320), 0.78, 0, 6),
-    Picture("sitting", "sleepy", "blue", (256, 256), 0.84, -6, 22),
-    Picture("walking", "happy", "orange", (384, 384), 0.88, 5, -16, 2),
-    Picture("walking", "surprised", "blue", (320, 256), 0.92, -5, 16, -2, True),
-    Picture("ears down", "sleepy", "grey", (224, 224), 0.86, 0, 26),
-    Picture("ears down", "calm", "white", (256, 256), 0.90, -7, 14, 2j),
-    Picture("one ear up", "surprised", "yellow", (224, 224), 0.88, 3, -4),
-    Picture("one ear up", "winking", "red", (256, 256), 0.82, -4, 8, mirror=True),
+    Picture("standing", "happy", "white", (256, 256), 0.89),
+    Picture("standing", "calm", "grey", (320, 320), 0.87, -2, 12, 1.5),
+    Picture("standing", "surprised", "red", (256, 256), 0.89, 0, -14),
+    Picture("standing", "winking", "white", (192, 192), 0.88, 2, 8),
+    Picture("waving", "happy", "blue", (256, 256), 0.88, -2, 6),
+    Picture("waving", "winking", "white", (320, 320), 0.89, 2, -8),
+    Picture("waving", "surprised", "green", (288, 320), 0.80, 0, 10),
+    Picture("hands on hips", "happy", "yellow", (256, 256), 0.90, 0, 4),
+    Picture("hands on hips", "winking", "white", (288, 288), 0.86, -2, -12),
+    Picture("arms folded", "calm", "orange", (256, 256), 0.88, 2, 8, -1.5),
+    Picture("arms folded", "sleepy", "yellow", (320, 288), 0.89, -2, 18),
+    Picture("arms behind back", "happy", "green", (256, 256), 0.87, 3, -6),
+    Picture("sitting", "happy", "white", (288, 320), 0.80, 0, 6),
+    Picture("sitting", "sleepy", "blue", (256, 256), 0.86, -3, 22),
+    Picture("walking", "happy", "orange", (384, 384), 0.88, 2, -16, 2),
+    Picture("walking", "surprised", "blue", (320, 288), 0.90, -2, 16, -2),
+    Picture("ears down", "sleepy", "grey", (224, 224), 0.87, 0, 26),
+    Picture("ears down", "calm", "white", (256, 256), 0.89, -4, 14, 2j),
+    Picture("one ear up", "surprised", "yellow", (224, 224), 0.88, 2, -4),
+    Picture("one ear up", "winking", "red", (256, 256), 0.85, -2, 8),
 )
 
 HELD_OUT = (
-    Picture("arms up", "happy", "purple", (256, 256), 0.90),
-    Picture("pointing", "winking", "pink", (256, 256), 0.86, -3, 8),
-    Picture("jumping", "happy", "black", (256, 256), 0.88, 4, -10),
-    Picture("leaning", "calm", "purple", (256, 256), 0.86, 10, -12, 1.5),
-    Picture("holding its scarf", "sleepy", "pink", (256, 256), 0.90, -3, 14),
-    Picture("one arm up", "surprised", "black", (256, 256), 0.88, -4, 6, mirror=True),
-    Picture("hands on cheeks", "surprised", "purple", (256, 256), 0.88, 3, -6),
-    Picture("arms wide", "happy", "pink", (256, 256), 0.84, -5, 10),
+    Picture("arms up", "happy", "purple", (256, 256), 0.89),
+    Picture("pointing", "winking", "pink", (256, 256), 0.87, -2, 8),
+    Picture("jumping", "happy", "black", (256, 256), 0.88, 2, -10),
+    Picture("leaning", "calm", "purple", (256, 256), 0.87, 5, -12, 1.5),
+    Picture("holding its scarf", "sleepy", "pink", (256, 256), 0.89, -2, 14),
+    Picture("one arm up", "surprised", "black", (256, 256), 0.88, -2, 6),
+    Picture("hands on cheeks", "surprised", "purple", (256, 256), 0.88, 2, -6),
+    Picture("arms wide", "happy", "pink", (256, 256), 0.86, -2, 10),
 )
 
 
@@ -364,7 +363,7 @@ def draw_face(sheet: Sheet, face: str, gaze: complex) -> None:
 
 
 def draw(picture: Picture) -> Image.Image:
-    pose, (left, right) = POSES[picture.pose], (1, -1) if picture.mirror else (-1, 1)
+    pose, (left, right) = POSES[picture.pose], (-1, 1)
     arms = [(left, pose.arms[0]), (right, pose.arms[1])]
     sheet = Sheet(picture, pose.lift)
     draw_antenna(sheet, picture.antenna)
