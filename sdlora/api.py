@@ -4,7 +4,7 @@ for event in api.train(api.settle({"data": {"folder": "my-pictures"}, "name": "m
     print(event)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from sdlora.generate import Recipe
 from sdlora.job import Event
 from sdlora.packs import file
 from sdlora.packs.file import Pack
+from sdlora.settings import override
 from sdlora.studio import Studio, parse_pack, parse_scale
 
 __all__ = [
@@ -29,11 +30,12 @@ __all__ = [
     "grid",
     "open_pack",
     "open_studio",
+    "override",
     "parse_pack",
     "parse_scale",
-    "png_bytes",
     "read_settings",
     "save_picture",
+    "save_sheet",
     "settings_text",
     "settle",
     "train",
@@ -44,7 +46,7 @@ def read_settings(path: Path | None, assignments: Sequence[str]) -> dict[str, An
     """The tables of a TOML file with `a.b=c` assignments laid over them."""
     table = settings.read(path) if path else {}
     for assignment in assignments:
-        settings.override(table, assignment)
+        override(table, assignment)
     return table
 
 
@@ -80,22 +82,27 @@ def open_studio(packs: Sequence[Pack] = (), base: str = "") -> Studio:
 
 def save_picture(path: Path, studio: Studio, picture: Image.Image, recipe: Recipe) -> None:
     """Write a PNG with its recipe inside."""
-    if path.suffix.lower() != ".png":
-        raise UserError("E-GEN-07", "pictures are written as PNG, which carries the recipe", path, "let --out end in .png")
+    check_png(path)
     safeio.write(path, studio.png(picture, recipe))
 
 
-def grid(studio: Studio, prompts: Sequence[str], scales: Sequence[float], seeds: Sequence[int], recipe: Recipe) -> Image.Image:
-    """A labelled sheet: a row for each prompt and seed, a column for the base and for each scale of all the studio's packs."""
-    recipes = [recipe.at(prompt=prompt, seed=seed) for prompt in prompts for seed in seeds]
+def save_sheet(path: Path, make: Callable[[], Image.Image]) -> None:
+    """Write a sheet as a PNG; it is made only once its name is known to be good."""
+    check_png(path)
+    safeio.write(path, pictures.encode(make(), {}))
+
+
+def check_png(path: Path) -> None:
+    """Raise `UserError` if no PNG can be called so."""
+    if path.suffix.lower() != ".png":
+        raise UserError("E-GEN-07", "pictures are written as PNG, which carries the recipe", path, "let --out end in .png")
+
+
+def grid(studio: Studio, recipes: Sequence[Recipe], scales: Sequence[float]) -> Image.Image:
+    """A labelled sheet: a row for each recipe, a column for the base and for each scale of all the studio's packs."""
     rows = studio.strips(recipes, studio.packs, scales)
-    labels = [f"{one.prompt} · seed {one.seed}" for one in recipes]
+    labels = [f"{recipe.prompt} · seed {recipe.seed}" for recipe in recipes]
     return pictures.sheet(rows, labels, ["base", *(f"scale {scale:g}" for scale in scales)], " + ".join(studio.packs))
-
-
-def png_bytes(picture: Image.Image) -> bytes:
-    """A picture as a plain PNG."""
-    return pictures.encode(picture, {})
 
 
 def settings_text(run: Run) -> str:

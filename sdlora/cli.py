@@ -1,6 +1,8 @@
 """The command line: a handful of verbs over `sdlora.api`; no setting has a flag of its own."""
 
+import json
 import os
+import shlex
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +62,7 @@ def train(
             if value:
                 table[key] = value
         if folder:
-            table["data"] = {**table.get("data", {}), "folder": folder}
+            api.override(table, f"data.folder={json.dumps(folder)}")
         settled = api.settle(table, config or "command line")
         follow(settled, out or Path("runs") / settled.name)
 
@@ -112,7 +114,7 @@ def grid(
 ) -> None:
     """Draw a labelled sheet: prompts and seeds down, the base and the scales across."""
     with shown_errors():
-        from sdlora import api, safeio
+        from sdlora import api
 
         studio, _ = opened(packs or [], base, "1")
         asked = prompts or [next((pack.trigger for pack in studio.packs.values() if pack.trigger), "")]
@@ -121,10 +123,9 @@ def grid(
             numbers = [int(seed) for seed in seeds.split(",")]
         except ValueError:
             raise UserError("E-GEN-04", f'"{seeds}" is no list of seeds', "--seeds", "write for example 0,1,2") from None
-        sheet = api.grid(
-            studio, asked, [api.parse_scale(scale) for scale in scales.split(",")], numbers, studio.recipe(asked[0], seed=numbers[0])
-        )
-        safeio.write(out, api.png_bytes(sheet))
+        across = [api.parse_scale(scale) for scale in scales.split(",")]
+        recipes = [studio.recipe(prompt, seed=seed) for prompt in asked for seed in numbers]
+        api.save_sheet(out, lambda: api.grid(studio, recipes, across))
         say(str(out))
         advise_on_tiny(studio.family.base.name)
 
@@ -181,8 +182,21 @@ def follow(settled: "Run", out: Path) -> None:
     say(f"pack: {pack}")
     if settled.preview.scales:
         say(f"look: {out / 'strip.png'}")
-    say(f'next: sdlora generate {pack} --prompt "{settled.preview.prompts[0]}" --scale 0.8 --out {out / "picture.png"}')
-    say(f"  or: sdlora ui --data-root {out}    (move the scale with a slider)")
+    where = ["--base", settled.base] if Path(settled.base).is_dir() and not tiny else []
+    words = [
+        "sdlora",
+        "generate",
+        pack,
+        *where,
+        "--prompt",
+        settled.preview.prompts[0],
+        "--scale",
+        "0.8",
+        "--out",
+        str(out / "picture.png"),
+    ]
+    say(f"next: {shlex.join(words)}")
+    say(f"  or: {shlex.join(['sdlora', 'ui', '--data-root', str(out)])}    (move the scale with a slider)")
     if tiny:
         say(TINY)
 

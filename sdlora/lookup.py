@@ -14,11 +14,11 @@ def names(group: str) -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(import_module(f"sdlora.{group}").__path__))
 
 
-def find(group: str, name: str) -> ModuleType:
+def find(group: str, name: object) -> ModuleType:
     """The module of one choice. Raises `UserError` with the nearest right name."""
     known = names(group)
     if name not in known:
-        raise UserError("E-CONF-02", f'no {group} called "{name}"{nearest(name, known)}', todo=f"choose one of: {', '.join(known)}")
+        raise UserError("E-CONF-02", f'no {group} called "{name}"{nearest(str(name), known)}', todo=f"choose one of: {', '.join(known)}")
     return import_module(f"sdlora.{group}.{name}")
 
 

@@ -36,7 +36,7 @@ def write(path: Path, content: bytes | str) -> None:
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Put a new folder at `path` holding `files` and a `manifest.json` of their sizes and SHA-256 sums."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    manifest = {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()}
+    manifest = {name: _entry(content) for name, content in files.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _discard(temporary)
@@ -56,10 +56,14 @@ def read_folder(path: Path) -> dict[str, bytes] | None:
     try:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_bytes())
         files = {name: (path / name).read_bytes() for name in manifest}
-    except (OSError, ValueError):
+        sound = all(_entry(content) == manifest[name] for name, content in files.items())
+    except (OSError, ValueError, TypeError):  # a damaged manifest may be anything
         return None
-    sound = all(hashlib.sha256(content).hexdigest() == manifest[name]["sha256"] for name, content in files.items())
     return files if sound else None
+
+
+def _entry(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def append_line(path: Path, line: str) -> None:

@@ -106,7 +106,7 @@ class Studio:
 def parse_size(text: str) -> tuple[int, int]:
     """ "640x512" -> (640, 512)."""
     width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit()):
+    if not (width + height).isascii() or not (width.isdigit() and height.isdigit()):
         raise UserError("E-GEN-01", f'"{text}" is no size', "--size", "write for example 512x768")
     return int(width), int(height)
 

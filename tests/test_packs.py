@@ -248,7 +248,7 @@ def test_metadata_say_what_readers_look_for(finished: Path) -> None:
     assert header["modelspec.resolution"] == "32x32"
     assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("2", "1.0")
     assert header["ss_network_module"] == "networks.lora"
-    assert json.loads(header["ss_network_args"])["targets"] == ["cross-attention", "text-encoder"]
+    assert json.loads(header["ss_network_args"])["targets"] == ["all-linear", "text-encoder"]
     assert json.loads(header["ss_bucket_info"])["buckets"]["0"]["count"] >= 1
     assert float(header["ss_training_finished_at"]) >= float(header["ss_training_started_at"])
     assert pack.trigger == "mira"

@@ -80,7 +80,9 @@ class Adapter(Delta):
         if unknown:
             raise ValueError(f"holds {', '.join(sorted(unknown))}, which is not LoRA")
         down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
-        rank = down.shape[0]
+        rank = down.shape[0] if down.ndim else 0
+        if not rank:
+            raise ValueError("holds a LoRA of rank 0")
         if down.shape[1:] != self.down.shape[1:] or up.shape != (self.up.shape[0], rank, *self.up.shape[2:]):
             raise ValueError(
                 f"shapes {tuple(down.shape)} and {tuple(up.shape)} don't fit a layer {tuple(self.down.shape[1:])} -> {len(self.up)}"

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError, features
 
 from sdlora.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "AVIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000
 
 
@@ -82,7 +82,8 @@ def read_picture(path: Path, ground: str = "white") -> Image.Image:
     try:
         if not path.is_file():
             raise UnreadableError("not a regular file")
-        with Image.open(path, formats=FORMATS) as opened:
+        formats = [*FORMATS, "AVIF"] if features.check("avif") else FORMATS
+        with Image.open(path, formats=formats) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise UnreadableError(f"{opened.width} x {opened.height} px is more than 64 megapixels")
             opened.load()

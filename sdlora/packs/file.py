@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +46,7 @@ class Pack:
             scale = float(self.metadata.get("sdlora.recommended_scale", 1.0))
         except ValueError:
             return 1.0
-        return scale if math.isfinite(scale) else 1.0
+        return scale if -4 <= scale <= 4 else 1.0
 
     @property
     def kind(self) -> str:
