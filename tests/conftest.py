@@ -1,5 +1,6 @@
 """Fixtures that several test files share; nothing here reaches the network."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +15,12 @@ from sdlora import family
 from sdlora.family import Family
 from sdlora.packs.file import Pack, load
 from sdlora.studio import Studio
+
+
+def pytest_collection_finish() -> None:
+    """What the imported libraries hold stays; without this, each run's own collection walks through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
