@@ -62,10 +62,12 @@ class Adapter(Delta):
     @classmethod
     def mixed(cls, deltas: Sequence[tuple[int, Delta]], layer: nn.Module, x: Tensor, y: Tensor, route: Route) -> Tensor:
         """Linear layers: one product with all factors stacked, or one batched product with each sample's own factors."""
-        if len(deltas) == 1 or not isinstance(layer, nn.Linear):
+        if not isinstance(layer, nn.Linear):
             return super().mixed(deltas, layer, x, y, route)
         if route.index is None:
             return _stacked(deltas, x, y, route.strength)
+        if len(deltas) == 1:
+            return super().mixed(deltas, layer, x, y, route)
         return _routed(deltas, x, y, route.index, route.strength)
 
     def merged(self, layer: nn.Module) -> Tensor:
@@ -104,7 +106,8 @@ def _stacked(deltas: Sequence[tuple[int, Delta]], x: Tensor, y: Tensor, strength
     share = share.to(x.device, x.dtype)  # (K·r,) or (B, K·r)
     if share.ndim == 2:
         share = share.view(len(share), *[1] * (x.ndim - 2), -1)
-    return y + F.linear(F.linear(x, down) * share, up)
+    hidden = (F.linear(x, down) * share).flatten(0, -2)
+    return torch.addmm(y.flatten(0, -2), hidden, up.t()).view_as(y)
 
 
 def _routed(deltas: Sequence[tuple[int, Delta]], x: Tensor, y: Tensor, index: Tensor, strength: Tensor) -> Tensor:
