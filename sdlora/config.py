@@ -25,6 +25,11 @@ class Data(Settings):
     """Leave out pictures that cannot be decoded instead of refusing to start."""
     caption_dropout: Fraction | None = None
     """Share of samples trained with an empty caption, which guidance needs."""
+    prior_share: Fraction | None = None
+    """Share of samples that hold the adapter to the base's own prediction, on prompts that do not name the trigger, so that the base
+    stays what it is there."""
+    prior_prompts: list[str] | None = None
+    """Prompts of those samples; an empty one is always among them."""
 
     @field_validator("ground")
     @classmethod

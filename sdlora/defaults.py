@@ -7,12 +7,22 @@ from typing import Any
 
 ANY = ""
 
+GROUNDS = ("white", "black", "grey", "red", "orange", "yellow", "green", "blue", "purple", "pink")
+NAMES = (
+    "lemon", "bread", "peach", "lollipop", "popcorn", "movie camera", "ticket", "game die", "musical keyboard", "trophy",
+    "motorcycle", "ram", "dragon", "bug", "blowfish", "koala", "cow face", "horse face", "wolf", "light bulb",
+    "droplet", "white flower", "dollar banknote", "computer disk", "smirking face", "crying face", "tired face", "grinning cat", "person bowing", "high-speed train",
+    "tram", "banana", "grapes", "mushroom", "maple leaf", "watermelon", "water buffalo", "palm tree", "dog", "skis",
+)  # fmt: skip
+
 TABLE: dict[tuple[str, str], dict[str, Any]] = {
     # Real Stable Diffusion 1.x. Rank 16 with alpha = rank is the middle of what the trainers in the field recommend; 1e-4 is the rate
     # nearly all of them name at that alpha, half of it for the text encoder, which overfits first.
     (ANY, "sd1"): {
         "data.resolution_px": 512,
         "data.caption_dropout": 0.05,
+        "data.prior_share": 0.0,
+        "data.prior_prompts": [],
         "adapter.rank": 16,
         "adapter.targets": ["cross-attention", "text-encoder"],
         "train.steps": 1500,
@@ -32,6 +42,8 @@ TABLE: dict[tuple[str, str], dict[str, Any]] = {
     (ANY, "tiny"): {
         "data.resolution_px": 64,
         "data.caption_dropout": 0.0,
+        "data.prior_share": 0.25,
+        "data.prior_prompts": [f"{name}, {ground} background" for name, ground in zip(NAMES, GROUNDS * 4, strict=True)],
         "adapter.rank": 16,
         "adapter.targets": ["all-linear", "text-encoder"],
         "train.steps": 300,

@@ -200,11 +200,20 @@ def new_learner(job: Job, loaded: Family, bank: Bank, latents: list[tuple[Tensor
     settled, train = job.settled, job.settled.train
     kind = lookup.find("adapters", settled.adapter.model_dump()["kind"])
     bank.add(settled.name, kind, settled.adapter, job.names, lambda dotted: stream(settled.seed, f"init/{dotted}"))
-    text = loaded.tokens([*job.dataset.captions, ""])
+    prompts = [*job.dataset.captions, "", *given(settled.data.prior_prompts), ""]
+    text = loaded.tokens(prompts)
     if not any(name.startswith("text_encoder") for name in job.names):
         with torch.no_grad():
             text = loaded.states(text)
-    data = Prepared(settled.seed, latents, text.cpu(), given(settled.data.caption_dropout))
+    own = len(job.dataset.captions) + 1
+    data = Prepared(
+        settled.seed,
+        latents,
+        text[:own].cpu(),
+        given(settled.data.caption_dropout),
+        text[own:].cpu(),
+        given(settled.data.prior_share),
+    )
     groups = [
         (bank.parameters(settled.name, "unet."), given(train.lr)),
         (bank.parameters(settled.name, "text_encoder."), given(train.text_encoder_lr)),

@@ -65,13 +65,21 @@ def steps(
 def sample_losses(family: Family, bank: Bank, batch: Batch, goal: Goal, learners: int) -> Tensor:
     """Weighted squared error of each sample (B,), float32; a sample goes through its own learner's adapter."""
     device = family.device
-    slot = batch.slot.to(device)
-    bank.route = Route(torch.ones(1, device=device), slot if learners > 1 else None)
-    text = batch.text.to(device)
-    states = text if text.is_floating_point() else family.states(text)
+    text, slot = batch.text.to(device), batch.slot.to(device)
     noised = goal.noise(batch.latents.to(device), batch.noise.to(device), batch.uniform.to(device), family.alphas_cumprod, goal.config)
-    predicted = family.predict(noised.x, noised.t, states).to(noised.target.dtype)
-    return (predicted - noised.target).square().mean((1, 2, 3)) * noised.weight
+    target, prior = noised.target, batch.prior.nonzero()[:, 0].to(device)
+    if len(prior):
+        bank.route = None
+        with torch.no_grad():
+            target = target.index_copy(0, prior, said(family, noised.x[prior], noised.t[prior], text[prior]).to(target.dtype))
+    bank.route = Route(torch.ones(1, device=device), slot if learners > 1 else None)
+    predicted = said(family, noised.x, noised.t, text).to(target.dtype)
+    return (predicted - target).square().mean((1, 2, 3)) * noised.weight
+
+
+def said(family: Family, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """The network's word under the bank's route; `text` is token ids, or states that no adapter changes."""
+    return family.predict(x, t, text if text.is_floating_point() else family.states(text))
 
 
 def update(learner: Learner, step: int, train: Train, accelerator: Accelerator, loss: Tensor) -> Tensor:

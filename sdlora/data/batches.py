@@ -18,6 +18,8 @@ class Prepared:
     latents: Sequence[tuple[Tensor, Tensor]]  # mean and standard deviation (C, h, w) of each picture
     text: Tensor  # (N + 1, L) token ids or (N + 1, L, D) states; the last row is the empty caption
     caption_dropout: float
+    prior: Tensor  # (P, L) or (P, L, D): prompts on which the base's own prediction is the target
+    prior_share: float
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Batch:
     uniform: Tensor  # (B,) in [0, 1): where in the schedule each sample is noised
     text: Tensor  # (B, L) or (B, L, D)
     slot: Tensor  # (B,) which learner each sample belongs to
+    prior: Tensor  # (B,) true where the base's own prediction is the target
 
 
 def picture_of(number: int, count: int, seed: int) -> int:
@@ -43,7 +46,7 @@ def micro_batch(learners: Sequence[Prepared], numbers: range) -> Iterator[Batch]
     drawn = [_draw(learners[slot], slot, number) for slot, number in samples]
     for shape in dict.fromkeys(row.latents.shape for row in drawn):
         rows = [row for row in drawn if row.latents.shape == shape]
-        fields = ("latents", "noise", "uniform", "text", "slot")
+        fields = ("latents", "noise", "uniform", "text", "slot", "prior")
         yield Batch(*(torch.stack([getattr(row, field) for row in rows]) for field in fields))
 
 
@@ -53,12 +56,14 @@ def _draw(learner: Prepared, slot: int, number: int) -> Batch:
     picture = picture_of(number, len(learner.latents), seed)
     mean, std = learner.latents[picture]
     shape = tuple(mean.shape)
-    chance = stream(seed, "sample", number).random(2, dtype=np.float32)
+    chance = stream(seed, "sample", number).random(4, dtype=np.float32)
+    prior = bool(chance[2] < learner.prior_share)
     row = len(learner.text) - 1 if chance[1] < learner.caption_dropout else picture
     return Batch(
         latents=mean + std * normal(shape, seed, "posterior", number),
         noise=normal(shape, seed, "noise", number),
         uniform=torch.tensor(chance[0]),
-        text=learner.text[row],
+        text=learner.prior[int(chance[3] * len(learner.prior))] if prior else learner.text[row],
         slot=torch.tensor(slot),
+        prior=torch.tensor(prior),
     )
