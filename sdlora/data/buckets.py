@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 Size = tuple[int, int]  # (width, height) in px
@@ -33,7 +34,48 @@ def crop_box(width: int, height: int, size: Size) -> tuple[float, float, float, 
     return left, upper, left + scale * size[0], upper + scale * size[1]
 
 
+def enlargement(width: int, height: int, size: Size) -> float:
+    """How many times as long as in the picture things become in `size`; above 1 `fit` makes up pixels that the picture does not have."""
+    return max(size[0] / width, size[1] / height)
+
+
 def fit(picture: Image.Image, size: Size) -> Tensor:
     """Crop and scale an RGB picture: pixels (3, H, W) in -1..1, float32."""
-    scaled = picture.resize(size, Image.Resampling.LANCZOS, box=crop_box(*picture.size, size))
-    return torch.from_numpy(np.asarray(scaled, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+    return torch.from_numpy(np.asarray(scaled(picture, size), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+
+def scaled(picture: Image.Image, size: Size) -> Image.Image:
+    """Crop and scale an RGB picture, in 8 bits. What needs no scaling keeps its very pixels."""
+    box = crop_box(*picture.size, size)
+    times = enlargement(*picture.size, size)
+    if times == 1:
+        left, upper = int(box[0]), int(box[1])
+        return picture.crop((left, upper, left + size[0], upper + size[1]))
+    if times > 1:
+        return picture.resize(size, Image.Resampling.LANCZOS, box=box)
+    linear = [_shrunk(channel.point(_to_linear().tolist(), "F"), size, box) for channel in picture.split()]
+    return Image.fromarray(_from_linear(np.stack(linear, -1)))
+
+
+def _shrunk(light: Image.Image, size: Size, box: tuple[float, float, float, float]) -> NDArray[np.float32]:
+    """Lanczos, which neither blurs nor makes patterns of fine detail, held to the range of the light around.
+
+    Without that hold it would draw black rims around what is bright: light's scale is so uneven that a tenth of white is a middle grey.
+    """
+    sharp = light.resize(size, Image.Resampling.LANCZOS, box=box)
+    around = light.resize(size, Image.Resampling.BOX, box=box)
+    low, high = (np.asarray(around.filter(extreme)) for extreme in (ImageFilter.MinFilter(3), ImageFilter.MaxFilter(3)))
+    held: NDArray[np.float32] = np.clip(np.asarray(sharp), low, high)
+    return held
+
+
+def _to_linear() -> NDArray[np.float32]:
+    """The light of each of the 256 levels of sRGB (IEC 61966-2-1)."""
+    level = np.arange(256) / 255
+    return np.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4).astype(np.float32)
+
+
+def _from_linear(light: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The level whose light is nearest: found by comparison, so that it is the same on every machine."""
+    levels = _to_linear()
+    return np.searchsorted((levels[1:] + levels[:-1]) / 2, light).astype(np.uint8)

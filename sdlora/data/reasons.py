@@ -9,7 +9,7 @@ FIXED: Mapping[str, str] = MappingProxyType(
         "exif-orientation-unknown": "The camera's note of orientation is none of the eight that exist; it is read as stored.",
         "cmyk": "It is stored in printing colours (CMYK) and is converted to RGB.",
         "other-colours": "It is stored in colours other than RGB (YCbCr, Lab or the like) and is converted.",
-        "16-bit": "It has 16 bits a channel and is scaled to 8.",
+        "16-bit": "It has 16 or more bits a channel and is scaled to 8.",
         "float": "It holds floating-point numbers; black to its brightest value is scaled to 8 bits.",
         "not-finite": "Some of its numbers are not finite; they are taken as black (NaN), black or white (infinities).",
         "1-bit": "It is black and white only.",
@@ -20,6 +20,7 @@ FIXED: Mapping[str, str] = MappingProxyType(
         "icc-broken": "Its colour profile cannot be read; its colours are taken as sRGB.",
         "several-pictures": "The file holds further pictures beside the main one, as phones write them; the main one is used.",
         "wrong-extension": "Its name says another format than its content; the content counts.",
+        "xmp-broken": "Its XMP metadata is no valid text; it is not needed and is ignored.",
         "odd-name": "Its name holds bytes or characters that cannot be shown; they are escaped in reports.",
         "folder-seen-before": "This folder leads back to one that is read already; it is not read twice.",
     }

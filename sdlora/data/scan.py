@@ -4,14 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError, features
-
+from sdlora.data.pixels import UnreadableError, read_picture
+from sdlora.data.walk import SUFFIXES, walk
 from sdlora.errors import UserError
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-MAX_PIXELS = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -51,9 +46,7 @@ def scan(folder: Path, skip_unreadable: bool) -> Account:
         what = "not a folder" if folder.exists() else "no such folder"
         raise UserError("E-DATA-01", f"{what}; pictures are needed to train on", folder, "name the folder that holds them")
     used, bad, elsewhere = [], [], []
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
+    for path in (one.path for one in walk(folder) if one.path.suffix.lower() in SUFFIXES):
         if path.parent != folder:
             elsewhere.append(LeftOut(path, "in a subfolder"))
             continue
@@ -73,27 +66,6 @@ def scan(folder: Path, skip_unreadable: bool) -> Account:
     return Account(used, [*bad, *elsewhere])
 
 
-class UnreadableError(Exception):
-    """One picture or its caption cannot be read; the message says why."""
-
-
-def read_picture(path: Path, ground: str = "white") -> Image.Image:
-    """The picture as RGB: turned as the camera noted, transparent parts laid on `ground`. Raises `UnreadableError`."""
-    try:
-        if not path.is_file():
-            raise UnreadableError("not a regular file")
-        formats = [*FORMATS, "AVIF"] if features.check("avif") else FORMATS
-        with Image.open(path, formats=formats) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise UnreadableError(f"{opened.width} x {opened.height} px is more than 64 megapixels")
-            opened.load()
-            return _rgb(ImageOps.exif_transpose(opened), ground)
-    except UnidentifiedImageError:
-        raise UnreadableError("not a picture that can be read here") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableError(str(error) or type(error).__name__) from None
-
-
 def read_caption(path: Path) -> str | None:
     """The text beside a picture on one line, or None. Raises `UnreadableError` when it is no UTF-8."""
     if not path.is_file():
@@ -104,13 +76,3 @@ def read_caption(path: Path) -> str | None:
         raise UnreadableError(f"its caption {path.name} is not UTF-8 (byte {error.start})") from None
     except OSError as error:
         raise UnreadableError(f"its caption {path.name} cannot be read: {error.strerror}") from None
-
-
-def _rgb(picture: Image.Image, ground: str) -> Image.Image:
-    if picture.mode.startswith("I;16") or picture.mode == "I":  # Pillow's own conversion would clip 16 bits to white
-        picture = Image.fromarray((np.asarray(picture, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    layer = picture.convert("RGBA")
-    below = Image.new("RGBA", layer.size, ImageColor.getrgb(ground)[:3])
-    return Image.alpha_composite(below, layer).convert("RGB")
