@@ -53,8 +53,8 @@ def read_settings(path: Path | None, assignments: Sequence[str]) -> dict[str, An
 def settle(table: dict[str, Any], source: object = "") -> Run:
     """A run with every setting checked and filled in. Raises `UserError` for what is misspelt or cannot be."""
     run = config.parse(table, source)
-    if not run.name and run.data.folder:
-        run = config.parse({**table, "name": _name_of(Path(run.data.folder))}, source)
+    if not run.name and run.data.sources:
+        run = config.parse({**table, "name": _name_of(Path(run.data.sources[0].folder))}, source)
     if not run.name:
         raise UserError("E-CONF-07", "the run has no name, and no folder to take one from", "name", "add --name NAME")
     row = family.find(run.base).row
@@ -113,12 +113,14 @@ def settings_text(run: Run) -> str:
 def _lasting(run: Run) -> dict[str, Any]:
     """The run's tables with paths that hold in any working directory, so that it can be resumed from another."""
     table = run.model_dump(exclude_none=True)
-    if run.data.folder:
-        table["data"]["folder"] = str(Path(run.data.folder).absolute())
+    for place in [table["data"], *table["data"]["folders"]]:
+        if place["folder"]:
+            place["folder"] = str(Path(place["folder"]).absolute())
     if Path(run.base).is_dir() and run.base != "tiny":
         table["base"] = str(Path(run.base).absolute())
     return table
 
 
 def _name_of(folder: Path) -> str:
-    return "".join(c if c.isalnum() or c in "._+-" else "-" for c in folder.resolve().name).strip("-.") or "run"
+    name = folder.stem if folder.is_file() else folder.resolve().name
+    return "".join(c if c.isalnum() or c in "._+-" else "-" for c in name).strip("-.") or "run"

@@ -14,9 +14,22 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
+class Folder(Settings):
+    folder: Annotated[str, Field(min_length=1)]
+    """Folder or ZIP with the pictures."""
+    repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Times that an epoch shows each of its pictures."""
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Factor on the loss of its pictures."""
+    kind: Literal["subject", "regularisation"] = "subject"
+    """What its pictures show: what is learnt, or what is to stay as it is, and then the trigger is not added to their captions."""
+
+
 class Data(Settings):
     folder: str = ""
-    """Folder with the pictures; captions are `.txt` files of the same stem."""
+    """Folder or ZIP with the pictures; their captions may lie beside them or in tables, as `docs/data.md` tells."""
+    folders: list[Folder] = Field(default=[])
+    """Further folders, a table `[[data.folders]]` for each."""
     resolution_px: Annotated[int, Field(ge=16, le=4096)] | None = None
     """Pictures are scaled to this area (its square, in pixels); unset: the base's own size."""
     ground: str = "white"
@@ -25,6 +38,12 @@ class Data(Settings):
     """Leave out pictures that cannot be decoded instead of refusing to start."""
     caption_dropout: Fraction | None = None
     """Share of samples trained with an empty caption, which guidance needs."""
+    shuffle_tags: bool = False
+    """Put the comma-separated tags of a caption in another order in each sample."""
+    keep_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tags at the start of a caption that are neither moved nor dropped."""
+    tag_dropout: Fraction = 0.0
+    """Share of a caption's tags that are left out of a sample; never the trigger."""
 
     @field_validator("ground")
     @classmethod
@@ -33,6 +52,11 @@ class Data(Settings):
 
         ImageColor.getrgb(value)
         return value
+
+    @property
+    def sources(self) -> list[Folder]:
+        """All folders of the run."""
+        return [*([Folder(folder=self.folder)] if self.folder else []), *self.folders]
 
 
 class Train(Settings):

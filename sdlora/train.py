@@ -71,7 +71,7 @@ def sample_losses(family: Family, bank: Bank, batch: Batch, goal: Goal, learners
     states = text if text.is_floating_point() else family.states(text)
     noised = goal.noise(batch.latents.to(device), batch.noise.to(device), batch.uniform.to(device), family.alphas_cumprod, goal.config)
     predicted = family.predict(noised.x, noised.t, states).to(noised.target.dtype)
-    return (predicted - noised.target).square().mean((1, 2, 3)) * noised.weight
+    return (predicted - noised.target).square().mean((1, 2, 3)) * noised.weight * batch.weight.to(device)
 
 
 def update(learner: Learner, step: int, train: Train, accelerator: Accelerator, loss: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def cast(runs: Sequence[Run], folder: Path, dtype: torch.dtype) -> Cast:
 
 
 def job_of(run: Run, base: family.Base, loaded: family.Family, folder: Path) -> job.Job:
-    dataset = job.fit_dataset(job.read_dataset(run), run, loaded)
+    dataset = job.fit_dataset(job.read_dataset(run, folder / "cache"), run, loaded)
     return job.Job(run, base, folder, 0.0, dataset, job.sites(run, loaded))
 
 
@@ -220,7 +220,8 @@ def test_a_rate_of_zero_leaves_the_text_encoder_alone(pictures: Path, base: Path
 def tagged(count: int, seed: int = 0, dropout: float = 0.0) -> Prepared:
     """Data whose latents are the picture's number, without spread, and so are its tokens; the empty caption is -1."""
     latents = [(torch.full((1, 2, 2), float(i)), torch.zeros(1, 2, 2)) for i in range(count)]
-    return Prepared(seed, latents, torch.tensor([*range(count), -1])[:, None], dropout)
+    rows = [[i] for i in range(count)]
+    return Prepared(seed, latents, torch.tensor([*range(count), -1])[:, None], dropout, range(count), rows, [1.0] * count)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 7])
@@ -235,11 +236,11 @@ def test_every_epoch_shows_every_picture_once(count: int, size: int) -> None:
     assert len(shown) == epochs * count
     for epoch in range(epochs):
         assert sorted(shown[epoch * count : (epoch + 1) * count]) == list(range(count))
-    assert shown == [picture_of(number, count, 0) for number in range(epochs * count)], "whatever the batch size"
+    assert shown == [picture_of(number, range(count), 0) for number in range(epochs * count)], "whatever the batch size"
 
 
 def test_orders_differ_between_epochs_and_seeds() -> None:
-    orders = {tuple(picture_of(epoch * 20 + i, 20, seed) for i in range(20)) for epoch in range(5) for seed in range(5)}
+    orders = {tuple(picture_of(epoch * 20 + i, range(20), seed) for i in range(20)) for epoch in range(5) for seed in range(5)}
     assert len(orders) == 25
 
 
@@ -347,6 +348,10 @@ BY_STRIP: dict[str, Any] = {
     "preview.guidance": 1.0,
 }
 ELSEWHERE = {  # which test shows it
+    "data.folders": "test_layouts: folders have repeats, weight and kind of their own",
+    "data.shuffle_tags": "test_captions: tags are mixed as is set",
+    "data.keep_tokens": "test_captions: tags are mixed as is set",
+    "data.tag_dropout": "test_captions: tags are dropped as often as is set",
     "name": "test_resume: another run does not go on in the folder",
     "base": "test_config: a row is chosen by the size of the base",
     "data.folder": "test_train: a cast of two is two runs",

@@ -22,6 +22,9 @@ FIXED: Mapping[str, str] = MappingProxyType(
         "wrong-extension": "Its name says another format than its content; the content counts.",
         "xmp-broken": "Its XMP metadata is no valid text; it is not needed and is ignored.",
         "odd-name": "Its name holds bytes or characters that cannot be shown; they are escaped in reports.",
+        "byte-order-mark": "Its caption file starts with a byte order mark, which is no part of the caption.",
+        "windows-line-ends": "The lines of its caption file end as on Windows.",
+        "caption-from-folder": "Nothing else says a caption, so it is what the folder's name says after the number of repeats.",
         "folder-seen-before": "This folder leads back to one that is read already; it is not read twice.",
     }
 )
@@ -38,6 +41,14 @@ WARNED: Mapping[str, str] = MappingProxyType(
         "unicode-twin": "Another file has the same name in another Unicode form; some systems take both for one.",
         "case-twin": "Another file's name differs only in upper and lower case; some systems take both for one.",
         "same-stem": "Another picture has the same name but for its ending; one caption file serves both.",
+        "caption-missing": "It has no caption, though others have; only the trigger is learnt with it.",
+        "caption-empty": "Its caption says nothing; only the trigger is learnt with it.",
+        "caption-large": "Its caption is far longer than any text encoder reads.",
+        "several-caption-sources": "Several files have captions for it; the first in the order of precedence that says something counts.",
+        "invisible-characters": "Its caption had characters that cannot be seen (control, zero-width, direction of writing); they go.",
+        "braces-unbalanced": "Its caption has a brace without its pair, so that it is not read as a choice of words.",
+        "orphan-caption": "No picture goes by the name of this caption.",
+        "orphan-mask": "No picture goes by the name of this mask.",
         "upscaled": "It is smaller than the size it is trained at and is enlarged, which blurs it.",
     }
 )
@@ -56,6 +67,7 @@ LEFT_OUT: Mapping[str, str] = MappingProxyType(
         "dangling-link": "It is a link to something that does not exist.",
         "link-loop": "It is a link that leads back to itself.",
         "folder-not-readable": "This folder cannot be listed.",
+        "format-not-read": "Pictures of this format are not read; save it as PNG or JPEG.",
         "unreadable": "It cannot be read.",
     }
 )
