@@ -67,6 +67,13 @@ def understand(root: Path, found: Sequence[Found]) -> Layout:
     )
 
 
+def caption_files(found: Sequence[Found]) -> list[Path]:
+    """The files beside pictures that hold their captions."""
+    roles = [(_role(one), one.path) for one in found]
+    keys = {key for role, path in roles if role == "picture" for key in _keys(path)}
+    return [path for role, path in roles if role == "text" and _keys(path)[1] in keys]
+
+
 def _role(one: Found) -> str:
     """What a file is, by its name and by what was noted of it."""
     suffix, stem = one.path.suffix.lower(), one.path.stem

@@ -80,7 +80,7 @@ def _captions(table: Table, text: str) -> None:
         table.enter(f'"{name}"', name, value)
 
 
-READERS = {"metadata.jsonl": _jsonl, "metadata.csv": _csv, "captions.json": _captions}
+READERS = {"captions.json": _captions, "metadata.jsonl": _jsonl, "metadata.csv": _csv}
 
 
 def _row(table: Table, where: str, row: Any, wrong: str) -> None:

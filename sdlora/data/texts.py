@@ -12,7 +12,8 @@ INVISIBLE = re.compile(
     "|(?<![^\x00-\x7f])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\x7f])"
 )
 """Control characters, zero-width ones and those that turn the direction of writing; joiners only where no script or emoji needs them."""
-JAPANESE = re.compile("[\u3040-\u30ff\u4e00-\u9fff]{2}")
+JAPANESE = re.compile(rb"([\x81-\x9f][\x40-\x7e\x80-\xfc]){2}")
+"""Two characters of cp932 side by side; Western text has no two bytes so, for what it has beyond ASCII stands alone."""
 
 
 class BadTextError(Exception):
@@ -61,24 +62,26 @@ def clean(captions: list[str]) -> Said:
 
 def decode(content: bytes) -> str:
     """Bytes as UTF-8. Raises `BadTextError` that names the first wrong byte and the encoding that it looks like."""
-    offset = content.find(0)
-    if offset < 0:
-        try:
-            return content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            offset = error.start
-    raise BadTextError(f"not UTF-8 at byte {offset}, it looks like {guess(content)}; save it as UTF-8")
+    wrong = [content.find(0)] if 0 in content else []
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        wrong.append(error.start)
+    if wrong:
+        raise BadTextError(f"not UTF-8 at byte {min(wrong)}, it looks like {guess(content)}; save it as UTF-8")
+    return text.removeprefix("\ufeff")
 
 
 def guess(content: bytes) -> str:
-    """What bytes that are not UTF-8 are most likely: Japanese text has its characters in pairs, Western text has them alone."""
+    """What bytes that are not UTF-8 are most likely."""
     halves = content[: len(content) // 2 * 2]
     if content.startswith((b"\xff\xfe", b"\xfe\xff")) or 0.3 < halves.count(0) / max(1, len(halves)) < 0.7:
         return "UTF-16"
     if 0 in content:
         return "a binary file (it holds NUL bytes)"
     try:
-        japanese = bool(JAPANESE.search(content.decode("cp932")))
+        content.decode("cp932")
+        japanese = bool(JAPANESE.search(content))
     except UnicodeDecodeError:
         japanese = False
     return "cp932 (Japanese)" if japanese else "latin-1 (Western)"
@@ -86,13 +89,11 @@ def guess(content: bytes) -> str:
 
 def _content(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        if path.stat().st_size > MAX_BYTES:
+            raise BadTextError(f"more than {MAX_BYTES >> 20} MB, which no text about pictures is")
+        return path.read_bytes()
     except OSError as error:
         raise BadTextError(f"cannot be read: {error.strerror}") from None
-    if len(content) > MAX_BYTES:
-        raise BadTextError(f"more than {MAX_BYTES >> 20} MB, which no text about pictures is")
-    return content
 
 
 def _is_balanced(caption: str) -> bool:
