@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor
 
 Size = tuple[int, int]  # (width, height) in px
@@ -53,8 +54,8 @@ def scaled(picture: Image.Image, size: Size) -> Image.Image:
         return picture.crop((left, upper, left + size[0], upper + size[1]))
     if times > 1:
         return picture.resize(size, Image.Resampling.LANCZOS, box=box)
-    linear = [_shrunk(channel.point(_to_linear().tolist(), "F"), size, box) for channel in picture.split()]
-    return Image.fromarray(_from_linear(np.stack(linear, -1)))
+    light = [_shrunk(channel.point(_light().tolist(), "F"), size, box) for channel in picture.split()]
+    return Image.fromarray(_levels()[(np.stack(light, -1) * 65535 + 0.5).astype(np.uint16)])
 
 
 def _shrunk(light: Image.Image, size: Size, box: tuple[float, float, float, float]) -> NDArray[np.float32]:
@@ -62,20 +63,29 @@ def _shrunk(light: Image.Image, size: Size, box: tuple[float, float, float, floa
 
     Without that hold it would draw black rims around what is bright: light's scale is so uneven that a tenth of white is a middle grey.
     """
-    sharp = light.resize(size, Image.Resampling.LANCZOS, box=box)
-    around = light.resize(size, Image.Resampling.BOX, box=box)
-    low, high = (np.asarray(around.filter(extreme)) for extreme in (ImageFilter.MinFilter(3), ImageFilter.MaxFilter(3)))
-    held: NDArray[np.float32] = np.clip(np.asarray(sharp), low, high)
+    sharp = np.asarray(light.resize(size, Image.Resampling.LANCZOS, box=box))
+    around = np.asarray(light.resize(size, Image.Resampling.BOX, box=box))
+    held: NDArray[np.float32] = np.clip(sharp, _extreme(around, np.minimum), _extreme(around, np.maximum))
     return held
 
 
-def _to_linear() -> NDArray[np.float32]:
+def _extreme(values: NDArray[np.float32], of: np.ufunc) -> NDArray[np.float32]:
+    """The extreme of each 3 x 3, which is that of the columns' extremes."""
+    for _ in ("down", "across"):
+        padded = np.concatenate([values[:1], values, values[-1:]])
+        values = of(of(padded[:-2], padded[2:]), values).T
+    return values
+
+
+@lru_cache
+def _light() -> NDArray[np.float32]:
     """The light of each of the 256 levels of sRGB (IEC 61966-2-1)."""
     level = np.arange(256) / 255
     return np.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4).astype(np.float32)
 
 
-def _from_linear(light: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The level whose light is nearest: found by comparison, so that it is the same on every machine."""
-    levels = _to_linear()
-    return np.searchsorted((levels[1:] + levels[:-1]) / 2, light).astype(np.uint8)
+@lru_cache
+def _levels() -> NDArray[np.uint8]:
+    """The level whose light is nearest to each of 65,536 steps of light, 20 of which lie between the two darkest levels."""
+    middles = (_light()[1:] + _light()[:-1]) / 2
+    return np.searchsorted(middles, np.arange(65536) / 65535).astype(np.uint8)

@@ -30,7 +30,7 @@ MAX_BYTES = 600_000_000
 """No picture of the largest size is stored in more: 64 million pixels of 4 × 16 bits are 512 MB."""
 MIN_SIDE_PX = 16
 """A shorter side holds nothing to learn, and a picture of such a side is enlarged more than threefold even for the smallest base."""
-PNG_END, JPEG_END = b"IEND\xaeB`\x82", b"\xff\xd9"
+PNG_END, JPEG_START, JPEG_END = b"IEND\xaeB`\x82", b"\xff\xd8\xff", b"\xff\xd9"
 TURNS: Mapping[int, Image.Transpose] = MappingProxyType(
     {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,7 +44,7 @@ TURNS: Mapping[int, Image.Transpose] = MappingProxyType(
 )
 """What puts a picture upright, by EXIF's orientation."""
 BITS_PER_SAMPLE, ORIENTATION = 258, 274  # tags of TIFF
-SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
+SIGNATURES = (b"\x89PNG\r\n\x1a\n", JPEG_START, b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 FAILURES = (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, RuntimeError)
 FAILURES_OF_PARTS = (AssertionError, struct.error, zlib.error)
 """What Pillow raises on files that are damaged, by design and by oversight."""
@@ -74,7 +74,7 @@ def decode(path: Path, ground: str = "white") -> Decoded:
     content = _read(path)
     try:
         formats = sorted({*FORMATS.values()} - ({"AVIF"} if not features.check("avif") else set()))
-        opened = Image.open(io.BytesIO(content), formats=formats)
+        opened = Image.open(io.BytesIO(content + _look_ahead(content)), formats=formats)
         _refuse_extremes(opened)
         notes = _about_the_file(opened, path.suffix.lower(), content)
         tag = _tiff(opened).get(ORIENTATION)
@@ -135,11 +135,24 @@ def _about_the_file(opened: ImageFile, suffix: str, content: bytes) -> list[str]
     notes = ["wrong-extension"] * (FORMATS.get(suffix, kind) != kind)
     if getattr(opened, "is_animated", False):
         notes.append({"TIFF": "multi-page", "JPEG": "several-pictures"}.get(str(kind), "animation-first-frame"))
-    if (kind == "PNG" and PNG_END not in content) or (kind == "JPEG" and JPEG_END not in content[_start_of_scan(content) :]):
-        notes.append("no-end-marker")
+    if kind in ("PNG", "JPEG"):
+        behind = _behind(content, str(kind))
+        notes += ["no-end-marker"] * (behind is None) + ["data-behind"] * bool(behind and opened.format != "MPO")
     if opened.mode.startswith("RGB") and (_png_depth(opened, content) == 16 or 16 in _tiff(opened).get(BITS_PER_SAMPLE, ())):
         notes.append("16-bit")  # of the colours Pillow itself keeps the upper 8 bits; of the greys it does not
     return notes
+
+
+def _behind(content: bytes, kind: str) -> bytes | None:
+    """What follows the end of a picture in its file but padding; None when the file has no such end."""
+    mark, start = (PNG_END, 0) if kind == "PNG" else (JPEG_END, _start_of_scan(content))
+    end = content.find(mark, start)
+    return None if end < 0 else content[end + len(mark) :].strip(b"\0")
+
+
+def _look_ahead(content: bytes) -> bytes:
+    """What libjpeg wants to see behind a JPEG's last pixels if the end mark is missing; less than a block of 8 x 8 pixels could use."""
+    return bytes(16) if content.startswith(JPEG_START) and _behind(content, "JPEG") is None else b""
 
 
 def _start_of_scan(content: bytes) -> int:

@@ -19,6 +19,7 @@ FIXED: Mapping[str, str] = MappingProxyType(
         "icc-to-srgb": "Its colour profile is not sRGB; its colours are converted.",
         "icc-broken": "Its colour profile cannot be read; its colours are taken as sRGB.",
         "several-pictures": "The file holds further pictures beside the main one, as phones write them; the main one is used.",
+        "data-behind": "Other data follows the picture in its file, such as a film or an archive; it is ignored.",
         "wrong-extension": "Its name says another format than its content; the content counts.",
         "xmp-broken": "Its XMP metadata is no valid text; it is not needed and is ignored.",
         "odd-name": "Its name holds bytes or characters that cannot be shown; they are escaped in reports.",
