@@ -12,6 +12,8 @@ from PIL import Image
 
 from sdlora import config, family, job, pictures, safeio, settings
 from sdlora.config import Run
+from sdlora.data import edits
+from sdlora.data.edits import Edit
 from sdlora.errors import UserError
 from sdlora.generate import Recipe
 from sdlora.job import Event
@@ -21,12 +23,14 @@ from sdlora.settings import override
 from sdlora.studio import Studio, parse_pack, parse_scale
 
 __all__ = [
+    "Edit",
     "Event",
     "Pack",
     "Recipe",
     "Run",
     "Studio",
     "UserError",
+    "edit_captions",
     "grid",
     "open_pack",
     "open_studio",
@@ -103,6 +107,14 @@ def grid(studio: Studio, recipes: Sequence[Recipe], scales: Sequence[float]) -> 
     rows = studio.strips(recipes, studio.packs, scales)
     labels = [f"{recipe.prompt} · seed {recipe.seed}" for recipe in recipes]
     return pictures.sheet(rows, labels, ["base", *(f"scale {scale:g}" for scale in scales)], " + ".join(studio.packs))
+
+
+def edit_captions(folder: Path, edit: Edit, write: bool) -> list[edits.Change]:
+    """What an edit makes of a folder's caption files: (file, text before, text after) of those that change; written only if asked."""
+    changes = edits.plan(folder, edit)
+    if write:
+        edits.apply(changes)
+    return changes
 
 
 def settings_text(run: Run) -> str:

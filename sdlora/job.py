@@ -103,6 +103,7 @@ def prepare_folder(settled: Run, out: Path) -> None:
     safeio.write(out / "config.toml", to_toml(settled))
     safeio.sweep(out)
     safeio.sweep(out / "checkpoints")
+    safeio.sweep(out / "cache")
 
 
 def _train(job: Job, loaded: Family, accelerator: Accelerator, notes: list[str]) -> Iterator[Event]:

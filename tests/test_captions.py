@@ -10,8 +10,10 @@ import pytest
 import small
 import torch
 from test_layouts import PICTURE, Files, drawn, lines, notes, put, said
+from typer.testing import CliRunner
 
 from sdlora import api, config
+from sdlora.cli import app
 from sdlora.config import Run
 from sdlora.data import captions, edits, reasons, scan, texts
 from sdlora.data.batches import micro_batch
@@ -334,6 +336,18 @@ def test_edits_are_planned_then_made(tmp_path: Path) -> None:
         path: new.replace("\r\n", "\n") for path, _, new in plan
     }
     assert edits.plan(tmp_path, Edit(find="cat", replace="dog", add="x")) == []
+
+
+def test_the_command_line_shows_before_it_writes(tmp_path: Path) -> None:
+    put(tmp_path, {"a.png": PICTURE, "a.txt": "cat", "b.png": PICTURE, "b.txt": "cow"})
+    asked = ["data", "edit", str(tmp_path), "--find", "cat", "--replace", "dog"]
+    shown = CliRunner().invoke(app, asked)
+    assert shown.exit_code == 0
+    assert "- cat\n+ dog\n1 caption files would change" in shown.output
+    assert (tmp_path / "a.txt").read_text() == "cat"
+    assert "1 caption files changed" in CliRunner().invoke(app, [*asked, "--write"]).output
+    assert (tmp_path / "a.txt").read_text() == "dog"
+    assert CliRunner().invoke(app, ["data", "edit", str(tmp_path)]).exit_code == BAD_INPUT
 
 
 def test_a_plan_that_is_out_of_date_is_not_made(tmp_path: Path) -> None:
