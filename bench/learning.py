@@ -26,7 +26,7 @@ from draw_dataset import held_out  # noqa: E402
 
 from sdlora import api, pictures, score  # noqa: E402
 from sdlora.data import buckets  # noqa: E402
-from sdlora.data.scan import read_picture  # noqa: E402
+from sdlora.data.pixels import read_picture  # noqa: E402
 
 OTHERS = [
     "dog face", "rose", "pizza", "rocket", "sunflower", "cat face", "red apple", "tomato",

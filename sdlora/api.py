@@ -12,6 +12,8 @@ from PIL import Image
 
 from sdlora import config, family, job, pictures, safeio, settings
 from sdlora.config import Run
+from sdlora.data import edits
+from sdlora.data.edits import Edit
 from sdlora.errors import UserError
 from sdlora.generate import Recipe
 from sdlora.job import Event
@@ -21,12 +23,14 @@ from sdlora.settings import override
 from sdlora.studio import Studio, parse_pack, parse_scale
 
 __all__ = [
+    "Edit",
     "Event",
     "Pack",
     "Recipe",
     "Run",
     "Studio",
     "UserError",
+    "edit_captions",
     "grid",
     "open_pack",
     "open_studio",
@@ -53,8 +57,8 @@ def read_settings(path: Path | None, assignments: Sequence[str]) -> dict[str, An
 def settle(table: dict[str, Any], source: object = "") -> Run:
     """A run with every setting checked and filled in. Raises `UserError` for what is misspelt or cannot be."""
     run = config.parse(table, source)
-    if not run.name and run.data.folder:
-        run = config.parse({**table, "name": _name_of(Path(run.data.folder))}, source)
+    if not run.name and run.data.sources:
+        run = config.parse({**table, "name": _name_of(Path(run.data.sources[0].folder))}, source)
     if not run.name:
         raise UserError("E-CONF-07", "the run has no name, and no folder to take one from", "name", "add --name NAME")
     row = family.find(run.base).row
@@ -105,6 +109,14 @@ def grid(studio: Studio, recipes: Sequence[Recipe], scales: Sequence[float]) -> 
     return pictures.sheet(rows, labels, ["base", *(f"scale {scale:g}" for scale in scales)], " + ".join(studio.packs))
 
 
+def edit_captions(folder: Path, edit: Edit, write: bool) -> list[edits.Change]:
+    """What an edit makes of a folder's caption files: (file, text before, text after) of those that change; written only if asked."""
+    changes = edits.plan(folder, edit)
+    if write:
+        edits.apply(changes)
+    return changes
+
+
 def settings_text(run: Run) -> str:
     """A run as TOML."""
     return config.to_toml(run)
@@ -113,12 +125,14 @@ def settings_text(run: Run) -> str:
 def _lasting(run: Run) -> dict[str, Any]:
     """The run's tables with paths that hold in any working directory, so that it can be resumed from another."""
     table = run.model_dump(exclude_none=True)
-    if run.data.folder:
-        table["data"]["folder"] = str(Path(run.data.folder).absolute())
+    for place in [table["data"], *table["data"]["folders"]]:
+        if place["folder"]:
+            place["folder"] = str(Path(place["folder"]).absolute())
     if Path(run.base).is_dir() and run.base != "tiny":
         table["base"] = str(Path(run.base).absolute())
     return table
 
 
 def _name_of(folder: Path) -> str:
-    return "".join(c if c.isalnum() or c in "._+-" else "-" for c in folder.resolve().name).strip("-.") or "run"
+    name = folder.stem if folder.is_file() else folder.resolve().name
+    return "".join(c if c.isalnum() or c in "._+-" else "-" for c in name).strip("-.") or "run"

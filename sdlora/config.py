@@ -8,15 +8,29 @@ import tomli_w
 from pydantic import Field, SerializeAsAny, create_model, field_validator
 
 from sdlora import defaults, lookup
+from sdlora.errors import UserError
 from sdlora.settings import Settings, build
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
+class Folder(Settings):
+    folder: Annotated[str, Field(min_length=1)]
+    """Folder or ZIP with the pictures."""
+    repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Times that an epoch shows each of its pictures."""
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Factor on the loss of its pictures."""
+    kind: Literal["subject", "regularisation"] = "subject"
+    """What its pictures show: what is learnt, or what is to stay as it is, and then the trigger is not added to their captions."""
+
+
 class Data(Settings):
     folder: str = ""
-    """Folder with the pictures; captions are `.txt` files of the same stem."""
+    """Folder or ZIP with the pictures; their captions may lie beside them or in tables, as `docs/data.md` tells."""
+    folders: list[Folder] = Field(default=[])
+    """Further folders, a table `[[data.folders]]` for each."""
     resolution_px: Annotated[int, Field(ge=16, le=4096)] | None = None
     """Pictures are scaled to this area (its square, in pixels); unset: the base's own size."""
     ground: str = "white"
@@ -30,6 +44,12 @@ class Data(Settings):
     stays what it is there."""
     prior_prompts: list[str] | None = None
     """Prompts of those samples; an empty one is always among them."""
+    shuffle_tags: bool = False
+    """Put the comma-separated tags of a caption in another order in each sample."""
+    keep_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tags at the start of a caption that are neither moved nor dropped."""
+    tag_dropout: Fraction = 0.0
+    """Share of a caption's tags that are left out of a sample; never the trigger."""
 
     @field_validator("ground")
     @classmethod
@@ -38,6 +58,11 @@ class Data(Settings):
 
         ImageColor.getrgb(value)
         return value
+
+    @property
+    def sources(self) -> list[Folder]:
+        """All folders of the run."""
+        return [*([Folder(folder=self.folder)] if self.folder else []), *self.folders]
 
 
 class Train(Settings):
@@ -139,6 +164,10 @@ def resolve(run: Run, row: str) -> Run:
             table[part][field] = value
     trigger = run.trigger or run.name
     table["trigger"] = trigger
+    for prompt in table["data"]["prior_prompts"] or ():
+        if names_trigger(prompt, trigger):
+            what = f'"{prompt}" names the trigger "{trigger}", and the base is to be kept on prompts that do not'
+            raise UserError("E-CONF-06", what, "data.prior_prompts", "take it out, or word it without the trigger")
     called = [trigger, f"{trigger}, blue background", f"{trigger}, green background"]
     spoken = called if run.kind == "character" else [f"{thing}, {trigger} style" for thing in ("cat face", "house", "apple")]
     table["preview"]["prompts"] = [prompt.replace("[trigger]", trigger) for prompt in run.preview.prompts] or spoken
@@ -146,6 +175,11 @@ def resolve(run: Run, row: str) -> Run:
     if adapter.get("alpha", 0) is None:
         adapter["alpha"] = float(adapter["rank"])
     return parse(table)
+
+
+def names_trigger(text: str, trigger: str) -> bool:
+    """Whether a text holds the trigger as a whole word."""
+    return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def flat(run: Run) -> Iterator[tuple[str, Any]]:

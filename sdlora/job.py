@@ -1,6 +1,7 @@
 """One run from a folder of pictures to a finished pack: everything around the loop, told as events."""
 
 import dataclasses
+import itertools
 import json
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ from torch import Tensor
 from sdlora import devices, family, lookup, pictures, safeio, score, settings, state
 from sdlora.adapter import Bank, choose_sites
 from sdlora.config import Run, flat, parse, to_toml
-from sdlora.data import buckets, cache, captions, scan
+from sdlora.data import buckets, cache, captions, reasons, scan
 from sdlora.data.batches import Prepared
 from sdlora.errors import NUMBERS, UserError
 from sdlora.family import Base, Family
@@ -43,10 +44,10 @@ class Event:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The folder as this run uses it."""
+    """The folders as this run uses them."""
 
     account: scan.Account
-    captions: list[str]
+    captions: list[list[str]]  # of each picture, with the trigger in them
     sizes: list[buckets.Size]
 
 
@@ -66,38 +67,43 @@ def run(settled: Run, base: Base, out: Path) -> Iterator[Event]:
     """Train a resolved run into a folder, going on from its last checkpoint if it has one. Every event is also in its log."""
     began = time.time()
     accelerator, dtype = devices.for_training(given(settled.train.precision))
-    dataset = read_dataset(settled)
+    differs = check_folder(settled, out)
+    dataset = read_dataset(settled, out / "cache")
     loaded = family.load(base, accelerator.device, dtype)
     job = Job(settled, base, out, began, fit_dataset(dataset, settled, loaded), sites(settled, loaded))
-    notes = prepare_folder(settled, out)
-    for event in _train(job, loaded, accelerator, notes):
+    prepare_folder(settled, out)
+    for event in _train(job, loaded, accelerator, differs):
         record = {"time": round(time.time(), 3)} | {k: v for k, v in dataclasses.asdict(event).items() if v not in ("", None, {})}
         safeio.append_line(out / "events.jsonl", json.dumps(record))
         yield event
 
 
-def prepare_folder(settled: Run, out: Path) -> list[str]:
-    """Make the run folder or take up an existing one; returns what differs from its former settings, a line each."""
+def check_folder(settled: Run, out: Path) -> list[str]:
+    """Whether the run may have this folder; what differs from the settings of the run that lies in it, a line each."""
     path = out / "config.toml"
     if out.exists() and not out.is_dir():
         raise UserError("E-RUN-01", "this is a file; a run needs a folder of its own", out, "name a folder with --out")
-    differs: list[str] = []
-    if path.is_file():
-        before = dict(flat(parse(settings.read(path), path)))
-        changed = {key: (before.get(key), value) for key, value in flat(settled) if before.get(key) != value}
-        fixed = [key for key in changed if key.partition(".")[0] in ("base", "adapter", "name", "kind", "seed")]
-        if fixed:
-            what = "; ".join(f"{key} was {changed[key][0]!r} and would be {changed[key][1]!r}" for key in fixed)
-            raise UserError(
-                "E-RUN-02", f"another run lies in this folder: {what}", out, "train into another folder with --out, or remove this one"
-            )
-        differs = [f"{key} changes from {old!r} to {new!r}" for key, (old, new) in changed.items()]
-    elif out.is_dir() and any(out.iterdir()):
-        raise UserError("E-RUN-03", "this folder holds other files, and no run", out, "name a new or empty folder with --out")
-    safeio.write(path, to_toml(settled))
+    if not path.is_file():
+        if out.is_dir() and any(other.name != "cache" for other in out.iterdir()):  # a ZIP is unpacked there before the run begins
+            raise UserError("E-RUN-03", "this folder holds other files, and no run", out, "name a new or empty folder with --out")
+        return []
+    before = dict(flat(parse(settings.read(path), path)))
+    changed = {key: (before.get(key), value) for key, value in flat(settled) if before.get(key) != value}
+    fixed = [key for key in changed if key.partition(".")[0] in ("base", "adapter", "name", "kind", "seed")]
+    if fixed:
+        what = "; ".join(f"{key} was {changed[key][0]!r} and would be {changed[key][1]!r}" for key in fixed)
+        raise UserError(
+            "E-RUN-02", f"another run lies in this folder: {what}", out, "train into another folder with --out, or remove this one"
+        )
+    return [f"{key} changes from {old!r} to {new!r}" for key, (old, new) in changed.items()]
+
+
+def prepare_folder(settled: Run, out: Path) -> None:
+    """Make the run folder, or take up the one that is there."""
+    safeio.write(out / "config.toml", to_toml(settled))
     safeio.sweep(out)
     safeio.sweep(out / "checkpoints")
-    return differs
+    safeio.sweep(out / "cache")
 
 
 def _train(job: Job, loaded: Family, accelerator: Accelerator, notes: list[str]) -> Iterator[Event]:
@@ -105,7 +111,7 @@ def _train(job: Job, loaded: Family, accelerator: Accelerator, notes: list[str])
     for note in [*notes, dataset.account.line()]:
         yield Event("note", note)
     safeio.write(job.out / "ledger.json", json.dumps(ledger(dataset), indent=1))
-    for caption in loaded.too_long(list(dict.fromkeys(dataset.captions))):
+    for caption in loaded.too_long(list(dict.fromkeys(captions.longest(one) for said in dataset.captions for one in said))):
         yield Event("warning", f'caption longer than this base reads, its end is not learnt: "{caption[:80]}..."')
     latents = cache.latents(dataset.account.used, dataset.sizes, settled.data.ground, loaded, job.out / "cache")
     bank = Bank(loaded.components)
@@ -150,13 +156,12 @@ def _read(trained: list[Trained]) -> Iterator[Event]:
         yield Event("step", step=one.step, loss=loss)
 
 
-def read_dataset(settled: Run) -> Dataset:
-    """Scan the folder and settle every caption; sizes follow once the base is loaded."""
-    if not settled.data.folder:
+def read_dataset(settled: Run, unpacked: Path) -> Dataset:
+    """Scan the folders and settle every caption; sizes follow once the base is loaded. ZIPs are unpacked below `unpacked`."""
+    if not settled.data.sources:
         raise UserError("E-DATA-01", "no folder of pictures is named", "data.folder", "sdlora train DIR")
-    account = scan.scan(Path(settled.data.folder), settled.data.skip_unreadable)
-    said = [captions.resolve(item.caption, settled.kind, settled.trigger) for item in account.used]
-    return Dataset(account, said, [])
+    account = scan.scan_all(settled.data.sources, settled.data.skip_unreadable, unpacked)
+    return Dataset(account, [captions.templates(item, settled) for item in account.used], [])
 
 
 def fit_dataset(dataset: Dataset, settled: Run, loaded: Family) -> Dataset:
@@ -167,22 +172,28 @@ def fit_dataset(dataset: Dataset, settled: Run, loaded: Family) -> Dataset:
 
 
 def ledger(dataset: Dataset) -> dict[str, Any]:
-    """What becomes of every picture, as `ledger.json` holds it."""
+    """What becomes of every picture, and of every other file that concerns pictures, as `ledger.json` holds it."""
+    account = dataset.account
     used = [
         {
-            "file": item.path.name,
-            "fate": "used",
-            "why": [],
+            "file": account.name(item.path),
+            "fate": reasons.fate(item.notes),
+            "why": list(item.notes),
             "size_px": [item.width, item.height],
             "bucket_px": list(size),
             "crop_px": [round(edge, 1) for edge in buckets.crop_box(item.width, item.height, size)],
-            "captions": [caption],
+            "captions": said,
+            "mask": account.name(item.mask) if item.mask else None,
+            "repeats": item.repeats,
+            "weight": item.weight,
+            "regularisation": item.regularisation,
         }
-        for item, caption, size in zip(dataset.account.used, dataset.captions, dataset.sizes, strict=True)
+        for item, said, size in zip(account.used, dataset.captions, dataset.sizes, strict=True)
     ]
-    left_out = [{"file": out.path.name, "fate": "left_out", "why": [out.why]} for out in dataset.account.left_out]
+    left_out = [{"file": account.name(out.path), "fate": "left_out", "why": [*out.why], "detail": out.detail} for out in account.left_out]
+    strays = [{"file": account.name(out.path), "why": [*out.why]} for out in account.strays]
     totals = {"found": len(used) + len(left_out), "used": len(used), "left_out": len(left_out)}
-    return {"pictures": [*used, *left_out], "totals": totals}
+    return {"pictures": [*used, *left_out], "other_files": strays, "totals": totals}
 
 
 def sites(settled: Run, loaded: Family) -> list[str]:
@@ -200,25 +211,39 @@ def new_learner(job: Job, loaded: Family, bank: Bank, latents: list[tuple[Tensor
     settled, train = job.settled, job.settled.train
     kind = lookup.find("adapters", settled.adapter.model_dump()["kind"])
     bank.add(settled.name, kind, settled.adapter, job.names, lambda dotted: stream(settled.seed, f"init/{dotted}"))
-    prompts = [*job.dataset.captions, "", *given(settled.data.prior_prompts), ""]
-    text = loaded.tokens(prompts)
-    if not any(name.startswith("text_encoder") for name in job.names):
-        with torch.no_grad():
-            text = loaded.states(text)
-    own = len(job.dataset.captions) + 1
-    data = Prepared(
-        settled.seed,
-        latents,
-        text[:own].cpu(),
-        given(settled.data.caption_dropout),
-        text[own:].cpu(),
-        given(settled.data.prior_share),
-    )
+    data = prepared(job, loaded, latents)
     groups = [
         (bank.parameters(settled.name, "unet."), given(train.lr)),
         (bank.parameters(settled.name, "text_encoder."), given(train.text_encoder_lr)),
     ]
     return Learner(settled.name, data, bank.parameters(settled.name), accelerator.prepare(adamw(groups, train)))
+
+
+def prepared(job: Job, loaded: Family, latents: list[tuple[Tensor, Tensor]]) -> Prepared:
+    """The pictures and captions of a run as its training draws from them."""
+    settled, items, numbers = job.settled, job.dataset.account.used, itertools.count()
+    said, kept = [*itertools.chain.from_iterable(job.dataset.captions)], given(settled.data.prior_prompts)
+    text = loaded.tokens([*said, *kept, ""])
+    varying = captions.vary(items, settled.data)
+    if not varying and not any(name.startswith("text_encoder") for name in job.names):
+        with torch.no_grad():
+            text = loaded.states(text)
+
+    def final(picture: int, number: int) -> Tensor:
+        return loaded.tokens([captions.final(items[picture], settled, number)])[0].cpu()
+
+    return Prepared(
+        settled.seed,
+        latents,
+        text.cpu(),
+        given(settled.data.caption_dropout),
+        pool=[i for i, item in enumerate(items) for _ in range(item.repeats)],
+        rows=[[next(numbers) for _ in said] for said in job.dataset.captions],
+        weights=[item.weight for item in items],
+        prior=range(len(said), len(text)),
+        prior_share=given(settled.data.prior_share),
+        final=final if varying else None,
+    )
 
 
 def given(value: T | None) -> T:
@@ -270,12 +295,15 @@ def likeness(
     studio: Studio, settled: Run, name: str, dataset: Dataset, latents: list[tuple[Tensor, Tensor]], most: int = 8
 ) -> dict[str, Any]:
     """Distance from pictures generated of training captions to the training pictures, at scale 0 and 1, over the commonest size."""
-    size = Counter(dataset.sizes).most_common(1)[0][0]
-    chosen = [i for i, other in enumerate(dataset.sizes) if other == size][:most]
+    items = dataset.account.used
+    shown = [i for i, item in enumerate(items) if not item.regularisation]
+    size = Counter(dataset.sizes[i] for i in shown).most_common(1)[0][0]
+    chosen = [i for i in shown if dataset.sizes[i] == size][:most]
+    said = [captions.final(items[i], settled, 0) for i in chosen]
     true = torch.stack([latents[i][0].flatten() for i in chosen])
     apart = []
     for scale in (0.0, 1.0):
-        recipes = [preview_recipe(studio, settled, dataset.captions[i], name, scale).at(width=size[0], height=size[1]) for i in chosen]
+        recipes = [preview_recipe(studio, settled, prompt, name, scale).at(width=size[0], height=size[1]) for prompt in said]
         seen = score.embed(studio.family, studio.pixels(recipes, batch=4)).cpu()
         apart.append(float(score.distance(seen, true).mean()))
     return {"pictures": len(chosen), "distance_base": round(apart[0], 2), "distance_adapter": round(apart[1], 2)}

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +35,28 @@ def write(path: Path, content: bytes | str) -> None:
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Put a new folder at `path` holding `files` and a `manifest.json` of their sizes and SHA-256 sums."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     manifest = {name: _entry(content) for name, content in files.items()}
+    write_tree(path, [*files.items(), ("manifest.json", json.dumps(manifest, indent=1).encode())])
+
+
+def write_tree(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Put a new folder at `path` holding `files` by name, which may lie in subfolders; of an iterator one file at a time is held."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _discard(temporary)
         temporary.mkdir()
-        for name, content in {**files, "manifest.json": json.dumps(manifest, indent=1).encode()}.items():
+        for name, content in files:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             _write_through(temporary / name, content)
-        _flush_folder(temporary)
+        for folder in [*(inner for inner in temporary.rglob("*") if inner.is_dir()), temporary]:
+            _flush_folder(folder)
         os.replace(temporary, path)
         _flush_folder(path.parent)
     except OSError as error:
-        _discard(temporary)
         raise refused(error, path) from error
+    finally:  # whatever the iterator raised
+        _discard(temporary)
 
 
 def read_folder(path: Path) -> dict[str, bytes] | None:

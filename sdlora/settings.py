@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -62,4 +62,5 @@ def _explain(cls: type[Settings], problem: dict[str, Any]) -> str:
     owner: Any = cls
     for part in where[:-1]:
         owner = owner.model_fields[part].annotation
+        owner = next(iter(get_args(owner)), owner)  # a list of tables: the class of one of them
     return f"{'.'.join(where)}: no such setting{nearest(where[-1], owner.model_fields)}"

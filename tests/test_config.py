@@ -9,7 +9,7 @@ import pytest
 import small
 
 from sdlora import api, config, defaults, lookup, settings
-from sdlora.config import Data, Preview, Run, Train
+from sdlora.config import Data, Folder, Preview, Run, Train
 from sdlora.errors import BAD_INPUT, UserError
 from sdlora.settings import Settings
 
@@ -25,6 +25,7 @@ KINDS = ["character", "style"]
         ({"naem": "mira"}, "naem", "name"),
         ({"trian": {"steps": 1}}, "trian", "train"),
         ({"data": {"foldr": "x"}}, "data.foldr", "folder"),
+        ({"data": {"folders": [{"folder": "x", "repeat": 2}]}}, "data.folders.repeat", "repeats"),
         ({"train": {"step": 3}}, "train.step", "steps"),
         ({"train": {"batchsize": 3}}, "train.batchsize", "batch_size"),
         ({"preview": {"scale": [1.0]}}, "preview.scale", "scales"),
@@ -61,6 +62,9 @@ def test_a_misspelt_setting_names_the_right_one(table: dict[str, Any], wrong: st
         ({"adapter": {"targets": "attention"}}, "adapter.targets"),
         ({"data": {"ground": "whitish"}}, "data.ground"),
         ({"data": {"caption_dropout": 1.5}}, "data.caption_dropout"),
+        ({"data": {"folders": [{"folder": "x"}, {"folder": "y", "repeats": 0}]}}, "data.folders.1.repeats"),
+        ({"data": {"folders": [{"folder": "x", "kind": "class"}]}}, "data.folders.0.kind"),
+        ({"data": {"folders": [{"repeats": 2}]}}, "data.folders.0.folder"),
         ({"preview": {"scales": [9.0]}}, "preview.scales"),
         ({"preview": {"scales": [float("nan")]}}, "preview.scales"),
         ({"kind": "person"}, "kind"),
@@ -226,6 +230,8 @@ def fields(cls: type[Settings], prefix: str = "") -> Iterator[tuple[str, str | N
     for name, field in cls.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, (Data, Train, Preview)):
             yield from fields(field.annotation, f"{prefix}{name}.")
+        elif field.annotation == list[Folder]:
+            yield from fields(Folder, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field.description
 

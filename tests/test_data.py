@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from sdlora import api, family
-from sdlora.data import buckets, cache, captions, scan
+from sdlora.data import buckets, cache, captions, pixels, scan, texts
 from sdlora.errors import BAD_INPUT, UserError
 from sdlora.family import Family
 
@@ -35,31 +35,31 @@ def test_a_picture_is_turned_as_the_camera_noted(orientation: int, tmp_path: Pat
     exif = Image.Exif()
     exif[0x0112] = orientation
     picture.save(tmp_path / "a.png", exif=exif)
-    read = scan.read_picture(tmp_path / "a.png")
+    read = pixels.read_picture(tmp_path / "a.png")
     assert np.array_equal(np.asarray(read), np.asarray(upright))
     assert (scan.scan(tmp_path, False).used[0].width, scan.scan(tmp_path, False).used[0].height) == (40, 24)
 
 
 @pytest.mark.parametrize(("ground", "wanted"), [("white", (255, 127, 127)), ("#0000ff", (128, 0, 127)), ("black", (128, 0, 0))])
 def test_what_is_transparent_lies_on_the_ground(ground: str, wanted: tuple[int, int, int], tmp_path: Path) -> None:
-    Image.new("RGBA", (4, 4), (255, 0, 0, 128)).save(tmp_path / "half.png")
-    pixel = scan.read_picture(tmp_path / "half.png", ground).getpixel((1, 1))
+    Image.new("RGBA", (16, 16), (255, 0, 0, 128)).save(tmp_path / "half.png")
+    pixel = pixels.read_picture(tmp_path / "half.png", ground).getpixel((1, 1))
     assert isinstance(pixel, tuple)
     assert max(abs(a - b) for a, b in zip(pixel, wanted, strict=True)) <= 1
-    clear = Image.new("P", (4, 4), 0)
+    clear = Image.new("P", (16, 16), 0)
     clear.putpalette([0, 255, 0, 9, 9, 9])
     clear.save(tmp_path / "palette.png", transparency=0)
     laid = Image.new("RGB", (1, 1), ground).getpixel((0, 0))
-    assert scan.read_picture(tmp_path / "palette.png", ground).getpixel((1, 1)) == laid
-    Image.new("LA", (4, 4), (7, 0)).save(tmp_path / "grey.png")
-    assert scan.read_picture(tmp_path / "grey.png", ground).getpixel((1, 1)) == laid
+    assert pixels.read_picture(tmp_path / "palette.png", ground).getpixel((1, 1)) == laid
+    Image.new("LA", (16, 16), (7, 0)).save(tmp_path / "grey.png")
+    assert pixels.read_picture(tmp_path / "grey.png", ground).getpixel((1, 1)) == laid
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_sixteen_bits_are_scaled_to_eight(suffix: str, tmp_path: Path) -> None:
     values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / f"a.{suffix}")
-    read = np.asarray(scan.read_picture(tmp_path / f"a.{suffix}"))
+    read = np.asarray(pixels.read_picture(tmp_path / f"a.{suffix}"))
     assert read.shape == (16, 16, 3)
     assert np.abs(read[..., 0].astype(float) - values / 257).max() <= 1
 
@@ -67,33 +67,33 @@ def test_sixteen_bits_are_scaled_to_eight(suffix: str, tmp_path: Path) -> None:
 def test_every_mode_comes_out_as_rgb(tmp_path: Path) -> None:
     for mode in ("1", "L", "P", "RGB", "CMYK"):
         path = tmp_path / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}"
-        Image.new(mode, (8, 6)).save(path)
-        read = scan.read_picture(path)
-        assert (read.mode, read.size) == ("RGB", (8, 6))
+        Image.new(mode, (24, 18)).save(path)
+        read = pixels.read_picture(path)
+        assert (read.mode, read.size) == ("RGB", (24, 18))
 
 
-@pytest.mark.parametrize("suffix", sorted(scan.SUFFIXES))
+@pytest.mark.parametrize("suffix", sorted(pixels.FORMATS))
 def test_every_suffix_is_read(suffix: str, tmp_path: Path) -> None:
-    Image.new("RGB", (16, 12), (200, 40, 40)).save(tmp_path / f"a{suffix}")
+    Image.new("RGB", (24, 18), (200, 40, 40)).save(tmp_path / f"a{suffix}")
     (item,) = scan.scan(tmp_path, skip_unreadable=False).used
-    assert (item.width, item.height) == (16, 12)
+    assert (item.width, item.height) == (24, 18)
 
 
 def test_a_picture_of_several_frames_is_its_first(tmp_path: Path) -> None:
     """As phones write them: MPO, a JPEG with a second one behind it."""
-    frames = [Image.new("RGB", (16, 12), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (24, 18), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=frames[1:])
-    pixel = scan.read_picture(tmp_path / "a.jpg").getpixel((8, 6))
+    pixel = pixels.read_picture(tmp_path / "a.jpg").getpixel((8, 6))
     assert isinstance(pixel, tuple)
     assert pixel[0] > 200 > 50 > pixel[2]
 
 
 def test_what_is_no_picture_of_a_known_kind_is_unreadable(tmp_path: Path) -> None:
-    Image.new("RGB", (16, 12)).save(tmp_path / "a.png", "GIF")
+    Image.new("RGB", (24, 18)).save(tmp_path / "a.png", "PCX")
     (tmp_path / "b.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0 runs a program")
     for name in ("a.png", "b.png"):
-        with pytest.raises(scan.UnreadableError, match="not a picture"):
-            scan.read_picture(tmp_path / name)
+        with pytest.raises(pixels.UnreadableError, match="not a picture"):
+            pixels.read_picture(tmp_path / name)
 
 
 # ---------------------------------------------------------------- accounting
@@ -107,9 +107,7 @@ def break_folder(folder: Path) -> list[str]:
     (folder / "page.jpg").write_text("<!DOCTYPE html><html><body>not found</body></html>")
     os.mkfifo(folder / "pipe.png")
     (folder / "folder.png").mkdir()
-    shutil.copy(folder / "0.png", folder / "latin.png")
-    (folder / "latin.txt").write_bytes("Käse".encode("latin-1"))
-    return ["cut.png", "empty.png", "folder.png", "latin.png", "page.jpg", "pipe.png"]
+    return ["cut.png", "empty.png", "folder.png", "page.jpg", "pipe.png"]
 
 
 @pytest.mark.timeout(30)
@@ -120,8 +118,7 @@ def test_all_that_cannot_be_read_is_named_at_once(tmp_path: Path) -> None:
         scan.scan(folder, skip_unreadable=False)
     assert caught.value.exit_code == BAD_INPUT
     assert all(name in str(caught.value) for name in bad)
-    assert "6 of 11" in str(caught.value)
-    assert "not UTF-8" in str(caught.value)
+    assert "5 of 10" in str(caught.value)
     assert "skip_unreadable" in str(caught.value)
 
 
@@ -129,19 +126,17 @@ def test_all_that_cannot_be_read_is_named_at_once(tmp_path: Path) -> None:
 def test_what_is_left_out_is_accounted_for(base: Path, tmp_path: Path) -> None:
     folder = small.draw_folder(tmp_path / "pictures")
     bad = break_folder(folder)
-    (folder / "below").mkdir()
-    shutil.copy(folder / "0.png", folder / "below" / "deep.png")
     account = scan.scan(folder, skip_unreadable=True)
-    assert sorted(out.path.name for out in account.left_out) == sorted([*bad, "deep.png"])
+    assert sorted(out.path.name for out in account.left_out) == sorted(bad)
     assert sorted(item.path.name for item in account.used) == ["0.png", "1.png", "2.png", "3.jpg", "4.png"]
-    assert account.line().startswith("12 pictures found, 5 used (3 with a caption of their own), 7 left out (")
+    assert account.line().startswith("10 pictures found, 5 used (3 with a caption of their own), 5 left out (")
     out = tmp_path / "run"
     notes = [event.text for event in api.train(small.settled(folder, base, data__skip_unreadable=True, train__steps=1), out)]
     assert account.line() in notes
     ledger = json.loads((out / "ledger.json").read_text())
-    assert ledger["totals"] == {"found": 12, "used": 5, "left_out": 7}
+    assert ledger["totals"] == {"found": 10, "used": 5, "left_out": 5}
     fates = {row["file"]: row for row in ledger["pictures"]}
-    assert sorted(name for name, row in fates.items() if row["fate"] == "left_out") == sorted([*bad, "deep.png"])
+    assert sorted(name for name, row in fates.items() if row["fate"] == "left_out") == sorted(bad)
     assert all(row["why"] for row in fates.values() if row["fate"] == "left_out")
 
 
@@ -155,24 +150,20 @@ def test_other_files_are_no_pictures(tmp_path: Path) -> None:
     account = scan.scan(folder, skip_unreadable=False)
     assert len(account.used) == 6
     assert account.left_out == []
+    assert [(out.path.name, out.why) for out in account.strays] == [("notes.txt", ("orphan-caption",))]
 
 
-@pytest.mark.parametrize(
-    ("what", "code"), [("missing", "E-DATA-01"), ("file", "E-DATA-01"), ("empty", "E-DATA-02"), ("nested", "E-DATA-02")]
-)
+@pytest.mark.parametrize(("what", "code"), [("missing", "E-DATA-01"), ("file", "E-DATA-01"), ("empty", "E-DATA-02")])
 def test_a_folder_without_pictures_is_an_error(what: str, code: str, tmp_path: Path) -> None:
     folder = tmp_path / what
     if what == "file":
         folder.write_text("x")
     elif what != "missing":
         folder.mkdir()
-    if what == "nested":
-        small.draw_folder(folder / "inside")
     with pytest.raises(UserError, match=code) as caught:
         scan.scan(folder, skip_unreadable=True)
     assert caught.value.exit_code == BAD_INPUT
     assert str(folder) in str(caught.value)
-    assert ("subfolder" in str(caught.value)) == (what == "nested")
 
 
 # ---------------------------------------------------------------- captions
@@ -181,9 +172,8 @@ def test_a_folder_without_pictures_is_an_error(what: str, code: str, tmp_path: P
 @pytest.mark.parametrize(
     ("caption", "kind", "wanted"),
     [
-        (None, "character", "mira"),
         ("", "character", "mira"),
-        (None, "style", "mira style"),
+        ("", "style", "mira style"),
         ("on a hill", "character", "mira, on a hill"),
         ("on a hill", "style", "on a hill, mira style"),
         ("Mira on a hill", "character", "Mira on a hill"),
@@ -194,14 +184,13 @@ def test_a_folder_without_pictures_is_an_error(what: str, code: str, tmp_path: P
         ("miracles", "style", "miracles, mira style"),
     ],
 )
-def test_the_trigger_is_in_every_caption(caption: str | None, kind: str, wanted: str) -> None:
+def test_the_trigger_is_in_every_caption(caption: str, kind: str, wanted: str) -> None:
     assert captions.resolve(caption, kind, "mira") == wanted
 
 
-def test_a_caption_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes("\ufeffa cat\r\n  on a   mat\n".encode())
-    assert scan.read_caption(tmp_path / "a.txt") == "a cat on a mat"
-    assert scan.read_caption(tmp_path / "b.txt") is None
+def test_a_caption_is_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffa cat\r\n  on a   mat\n\n".encode())
+    assert texts.caption_file(tmp_path / "a.txt").captions == ("a cat", "on a mat")
 
 
 def test_a_caption_that_is_cut_is_said(base: Path, tmp_path: Path) -> None:
@@ -258,11 +247,11 @@ def test_no_picture_is_lost_and_little_is_cut(resolution: int, step: int) -> Non
 def test_fitting_crops_and_scales() -> None:
     picture = Image.new("RGB", (60, 30), "black")
     ImageDraw.Draw(picture).rectangle((15, 0, 44, 29), fill=(255, 127, 0))
-    pixels = buckets.fit(picture, (16, 16))
-    assert pixels.shape == (3, 16, 16)
-    assert pixels.dtype == torch.float32
-    assert (pixels[:, 8, 8] - torch.tensor([1.0, 127 / 127.5 - 1, -1.0])).abs().max() < 1e-6
-    assert pixels[0].mean() > 0.95, "the black sides are cut off"
+    fitted = buckets.fit(picture, (16, 16))
+    assert fitted.shape == (3, 16, 16)
+    assert fitted.dtype == torch.float32
+    assert (fitted[:, 8, 8] - torch.tensor([1.0, 127 / 127.5 - 1, -1.0])).abs().max() < 1e-6
+    assert fitted[0].mean() > 0.95, "the black sides are cut off"
     assert buckets.fit(picture, (32, 16)).shape == (3, 16, 32)
 
 
@@ -334,7 +323,7 @@ def test_a_cached_latent_is_the_encoders_word(loaded: Family, pictures: Path, tm
     available = buckets.sizes(32, loaded.step_px)
     for item, *found in zip(items, fresh, cached, strict=True):
         size = buckets.choose(item.width, item.height, available)
-        mean, std = loaded.encode(buckets.fit(scan.read_picture(item.path, "white"), size)[None])
+        mean, std = loaded.encode(buckets.fit(pixels.read_picture(item.path, "white"), size)[None])
         for pair in found:
             assert torch.equal(pair[0], mean[0])
             assert torch.equal(pair[1], std[0])

@@ -24,7 +24,7 @@ from sdlora.errors import NUMBERS, UserError
 from sdlora.objective import Noised
 from sdlora.objectives import epsilon
 from sdlora.settings import Settings
-from sdlora.train import Goal, Learner, steps
+from sdlora.train import Goal, Learner, sample_losses, steps
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def cast(runs: Sequence[Run], folder: Path, dtype: torch.dtype) -> Cast:
 
 
 def job_of(run: Run, base: family.Base, loaded: family.Family, folder: Path) -> job.Job:
-    dataset = job.fit_dataset(job.read_dataset(run), run, loaded)
+    dataset = job.fit_dataset(job.read_dataset(run, folder / "cache"), run, loaded)
     return job.Job(run, base, folder, 0.0, dataset, job.sites(run, loaded))
 
 
@@ -91,6 +91,7 @@ def two(base: Path, tmp_path: Path) -> list[Run]:
         pictures, base, name="mira", train__steps=50, adapter__targets=["cross-attention", "unet.conv_*", "text-encoder"], train__lr=3e-3
     )
     rest: dict[str, Any] = {"train__steps": 50, "adapter__rank": 3, "adapter__alpha": 1.0, "data__caption_dropout": 0.4, "train__lr": 3e-3}
+    rest |= {"data__prior_share": 0.4, "data__prior_prompts": ["a dog"]}
     second = small.settled(other, base, name="tavi", seed=7, adapter__targets=["all-linear", "unet.conv_in", "text-encoder"], **rest)
     return [first, second]
 
@@ -214,13 +215,62 @@ def test_a_rate_of_zero_leaves_the_text_encoder_alone(pictures: Path, base: Path
     assert not any(name.startswith("text_encoder") for name in learner.params)
 
 
+# ---------------------------------------------------------------- what the base keeps
+
+
+def prior_run(pictures: Path, base: Path, share: float) -> Run:
+    return small.settled(pictures, base, train__steps=1, data__prior_share=share, data__prior_prompts=["a dog", "red"])
+
+
+def test_prior_samples_say_the_prompts_and_no_caption(squares: Path, base: Path, tmp_path: Path) -> None:
+    for share in (0.0, 0.3, 1.0):
+        data = cast([prior_run(squares, base, share)], tmp_path, torch.float32).learners[0].data
+        (batch,) = micro_batch([data], range(200))
+        assert batch.prior.float().mean().item() == pytest.approx(share, abs=0.1)
+        kept = {tuple(data.text[row].tolist()) for row in data.prior}
+        said = [tuple(row.tolist()) for row in batch.text]
+        assert len(kept) == 3, "both prompts, and the empty one"
+        assert all((text in kept) == bool(prior) for text, prior in zip(said, batch.prior, strict=True))
+        assert share == 0 or {text for text, prior in zip(said, batch.prior, strict=True) if prior} == kept
+
+
+def test_the_target_of_prior_samples_is_the_bases_own_word(squares: Path, base: Path, tmp_path: Path) -> None:
+    one = cast([prior_run(squares, base, 0.5)], tmp_path, torch.float32)
+    goal, params = Goal(epsilon.noise, one.run.objective), one.learners[0].params
+    (batch,) = micro_batch([one.learners[0].data], range(8))
+    assert 0 < batch.prior.sum() < 8
+    untrained = sample_losses(one.loaded, one.bank, batch, goal, 1)
+    assert untrained[batch.prior].max() <= 1e-9, "an adapter that does nothing says what the base says"
+    assert untrained[~batch.prior].min() > 1e-3, "the control: the others are asked for the noise"
+    with torch.no_grad():
+        for p in params.values():
+            p += 0.1
+    moved = sample_losses(one.loaded, one.bank, batch, goal, 1)
+    assert moved[batch.prior].min() > 1e-6
+    moved[batch.prior].sum().backward()
+    grad = {name: p.grad.clone() for name, p in params.items() if p.grad is not None}
+    assert grad.keys() == params.keys()
+    step = 1e-4 / math.sqrt(sum(float(g.square().sum()) for g in grad.values()))
+    with torch.no_grad():
+        for name, p in params.items():
+            p -= step * grad[name]
+    assert sample_losses(one.loaded, one.bank, batch, goal, 1)[batch.prior].sum() < moved[batch.prior].sum(), "down is towards the base"
+
+
+def test_a_prior_prompt_that_names_the_trigger_is_refused(squares: Path, base: Path) -> None:
+    with pytest.raises(UserError, match="names the trigger"):
+        small.settled(squares, base, name="mira", data__prior_prompts=["a dog", "a portrait of Mira"])
+    small.settled(squares, base, name="mira", data__prior_prompts=["a miracle"])
+
+
 # ---------------------------------------------------------------- samples
 
 
 def tagged(count: int, seed: int = 0, dropout: float = 0.0) -> Prepared:
     """Data whose latents are the picture's number, without spread, and so are its tokens; the empty caption is -1."""
     latents = [(torch.full((1, 2, 2), float(i)), torch.zeros(1, 2, 2)) for i in range(count)]
-    return Prepared(seed, latents, torch.tensor([*range(count), -1])[:, None], dropout)
+    rows = [[i] for i in range(count)]
+    return Prepared(seed, latents, torch.tensor([*range(count), -1])[:, None], dropout, range(count), rows, [1.0] * count, [-1], 0.0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 7])
@@ -235,11 +285,11 @@ def test_every_epoch_shows_every_picture_once(count: int, size: int) -> None:
     assert len(shown) == epochs * count
     for epoch in range(epochs):
         assert sorted(shown[epoch * count : (epoch + 1) * count]) == list(range(count))
-    assert shown == [picture_of(number, count, 0) for number in range(epochs * count)], "whatever the batch size"
+    assert shown == [picture_of(number, range(count), 0) for number in range(epochs * count)], "whatever the batch size"
 
 
 def test_orders_differ_between_epochs_and_seeds() -> None:
-    orders = {tuple(picture_of(epoch * 20 + i, 20, seed) for i in range(20)) for epoch in range(5) for seed in range(5)}
+    orders = {tuple(picture_of(epoch * 20 + i, range(20), seed) for i in range(20)) for epoch in range(5) for seed in range(5)}
     assert len(orders) == 25
 
 
@@ -324,6 +374,8 @@ BY_WEIGHTS: dict[str, Any] = {
     "data.resolution_px": 40,
     "data.ground": "black",
     "data.caption_dropout": 1.0,
+    "data.prior_share": 0.9,
+    "data.prior_prompts": ["a dog"],
     "adapter.rank": 3,
     "adapter.alpha": 0.5,
     "adapter.targets": ["attention"],
@@ -347,6 +399,10 @@ BY_STRIP: dict[str, Any] = {
     "preview.guidance": 1.0,
 }
 ELSEWHERE = {  # which test shows it
+    "data.folders": "test_layouts: folders have repeats, weight and kind of their own",
+    "data.shuffle_tags": "test_captions: tags are mixed as is set",
+    "data.keep_tokens": "test_captions: tags are mixed as is set",
+    "data.tag_dropout": "test_captions: tags are dropped as often as is set",
     "name": "test_resume: another run does not go on in the folder",
     "base": "test_config: a row is chosen by the size of the base",
     "data.folder": "test_train: a cast of two is two runs",

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
@@ -61,12 +61,16 @@ def tables() -> Iterator[str]:
             assert isinstance(info.annotation, type)
             assert issubclass(info.annotation, Settings)
             yield from table(f"[{name}]", f"{name}.", info.annotation.model_fields)
+            for inner, listed in info.annotation.model_fields.items():
+                for cls in get_args(listed.annotation):
+                    if isinstance(cls, type) and issubclass(cls, Settings):
+                        yield from table(f"[[{name}.{inner}]]", f"{name}.{inner}.", cls.model_fields)
 
 
 def table(title: str, prefix: str, fields: dict[str, FieldInfo]) -> Iterator[str]:
     yield f"\n## {title}\n\n| setting | default | meaning |\n|---|---|---|"
     for name, info in fields.items():
-        yield f"| `{prefix}{name}` | {shown(info.default)} | {' '.join((info.description or '').split())} |"
+        yield f"| `{prefix}{name}` | {shown(None if info.is_required() else info.default)} | {' '.join((info.description or '').split())} |"
 
 
 def by_job() -> Iterator[str]:

@@ -1,12 +1,13 @@
 """Which samples a step sees, and all their randomness: pure functions of the seed and the sample's number, so nothing needs saving."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sdlora.data.captions import choose
 from sdlora.randomness import normal, stream
 
 
@@ -16,10 +17,18 @@ class Prepared:
 
     seed: int
     latents: Sequence[tuple[Tensor, Tensor]]  # mean and standard deviation (C, h, w) of each picture
-    text: Tensor  # (N + 1, L) token ids or (N + 1, L, D) states; the last row is the empty caption
+    text: Tensor  # (R + 1, L) token ids or (R + 1, L, D) states of all captions; the last row is the empty caption
     caption_dropout: float
-    prior: Tensor  # (P, L) or (P, L, D): prompts on which the base's own prediction is the target
+    pool: Sequence[int]  # the pictures of one epoch: each stands in it as often as the epoch shows it
+    rows: Sequence[Sequence[int]]  # of `text`: those of each picture's captions
+    weights: Sequence[float]  # of each picture's loss
+    prior: Sequence[int]  # rows of `text` on which the base's own prediction is the target
     prior_share: float
+    final: Callable[[int, int], Tensor] | None = None  # (picture, sample's number) -> (L,) ids, where captions differ in each sample
+
+    def said(self, picture: int, number: int) -> Tensor:
+        """The text of a picture in the sample of this number."""
+        return self.final(picture, number) if self.final else self.text[choose(self.rows[picture], self.seed, number)]
 
 
 @dataclass(frozen=True)
@@ -32,12 +41,13 @@ class Batch:
     text: Tensor  # (B, L) or (B, L, D)
     slot: Tensor  # (B,) which learner each sample belongs to
     prior: Tensor  # (B,) true where the base's own prediction is the target
+    weight: Tensor  # (B,) factor on each sample's loss
 
 
-def picture_of(number: int, count: int, seed: int) -> int:
-    """The picture that a sample shows: every epoch is a new permutation of all of them, and no epoch's end cuts a batch short."""
-    epoch, place = divmod(number, count)
-    return int(stream(seed, "order", epoch).permutation(count)[place])
+def picture_of(number: int, pool: Sequence[int], seed: int) -> int:
+    """The picture that a sample shows: every epoch is a new permutation of the whole pool, and no epoch's end cuts a batch short."""
+    epoch, place = divmod(number, len(pool))
+    return pool[int(stream(seed, "order", epoch).permutation(len(pool))[place])]
 
 
 def micro_batch(learners: Sequence[Prepared], numbers: range) -> Iterator[Batch]:
@@ -46,24 +56,27 @@ def micro_batch(learners: Sequence[Prepared], numbers: range) -> Iterator[Batch]
     drawn = [_draw(learners[slot], slot, number) for slot, number in samples]
     for shape in dict.fromkeys(row.latents.shape for row in drawn):
         rows = [row for row in drawn if row.latents.shape == shape]
-        fields = ("latents", "noise", "uniform", "text", "slot", "prior")
-        yield Batch(*(torch.stack([getattr(row, field) for row in rows]) for field in fields))
+        yield Batch(**{field.name: torch.stack([getattr(row, field.name) for row in rows]) for field in fields(Batch)})
 
 
 def _draw(learner: Prepared, slot: int, number: int) -> Batch:
     """One sample: a batch without its first axis."""
     seed = learner.seed
-    picture = picture_of(number, len(learner.latents), seed)
+    picture = picture_of(number, learner.pool, seed)
     mean, std = learner.latents[picture]
     shape = tuple(mean.shape)
     chance = stream(seed, "sample", number).random(4, dtype=np.float32)
-    prior = bool(chance[2] < learner.prior_share)
-    row = len(learner.text) - 1 if chance[1] < learner.caption_dropout else picture
+    prior, empty = bool(chance[2] < learner.prior_share), chance[1] < learner.caption_dropout
+    if prior:
+        text = learner.text[learner.prior[int(chance[3] * len(learner.prior))]]
+    else:
+        text = learner.text[-1] if empty else learner.said(picture, number)
     return Batch(
         latents=mean + std * normal(shape, seed, "posterior", number),
         noise=normal(shape, seed, "noise", number),
         uniform=torch.tensor(chance[0]),
-        text=learner.prior[int(chance[3] * len(learner.prior))] if prior else learner.text[row],
+        text=text,
         slot=torch.tensor(slot),
+        weight=torch.tensor(learner.weights[picture]),
         prior=torch.tensor(prior),
     )

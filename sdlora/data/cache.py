@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sdlora import safeio
 from sdlora.data import buckets
-from sdlora.data.scan import Item, read_picture
+from sdlora.data.pixels import read_picture
+from sdlora.data.scan import Item
 from sdlora.family import Family
 
 

@@ -1,14 +1,89 @@
-"""What is said about a picture in training: its own caption, with the trigger in it."""
+"""What is said about a picture in one sample of training: a pure function of its captions, the settings and the sample's number.
+
+One of its captions is chosen, `{red|blue}` in it becomes one of the two, its tags are mixed, and the trigger comes in.
+"""
 
 import re
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from numpy.random import Generator
+
+from sdlora.config import Data, Run, names_trigger
+from sdlora.data.scan import Item
+from sdlora.randomness import stream
+
+T = TypeVar("T")
+GROUP = re.compile(r"\{([^{}]*\|[^{}]*)\}")  # an innermost group; braces without a bar are text
+PLACEHOLDER = "[trigger]"
 
 
-def resolve(caption: str | None, kind: str, trigger: str) -> str:
+def final(item: Item, run: Run, number: int) -> str:
+    """The caption of a picture in the sample of this number."""
+    caption = choose(item.captions or ("",), run.seed, number)
+    if "{" in caption:
+        options = stream(run.seed, "wildcards", number)
+        caption = expand(caption, lambda group: group[int(options.integers(len(group)))])
+    if mixes_tags(run.data):
+        caption = mix_tags(caption, run.data, run.trigger, stream(run.seed, "tags", number))
+    return caption if item.regularisation else resolve(caption, run.kind, run.trigger)
+
+
+def templates(item: Item, run: Run) -> list[str]:
+    """All captions of a picture with the trigger in them, in order; groups and tags as they are written."""
+    captions = item.captions or ("",)
+    return [caption if item.regularisation else resolve(caption, run.kind, run.trigger) for caption in captions]
+
+
+def vary(items: Sequence[Item], data: Data) -> bool:
+    """Whether what is said changes from sample to sample by more than the choice among whole captions."""
+    return any((mixes_tags(data) and "," in caption) or GROUP.search(caption) for item in items for caption in item.captions)
+
+
+def mixes_tags(data: Data) -> bool:
+    return data.shuffle_tags or data.tag_dropout > 0
+
+
+def choose(options: Sequence[T], seed: int, number: int) -> T:
+    """The one of several captions that a sample says."""
+    return options[int(stream(seed, "caption", number).integers(len(options)))] if len(options) > 1 else options[0]
+
+
+def expand(caption: str, pick: Callable[[list[str]], str]) -> str:
+    """The caption with one option of each `{a|b|c}`, innermost first; the options of one group may be empty or hold groups."""
+    while group := GROUP.search(caption):
+        caption = caption[: group.start()] + pick(group[1].split("|")) + caption[group.end() :]
+    return " ".join(caption.split())
+
+
+def longest(caption: str) -> str:
+    """The caption with the longest option of each group: what has to fit into the text encoder."""
+    return expand(caption, lambda group: max(group, key=len))
+
+
+def mix_tags(caption: str, data: Data, trigger: str, random: Generator) -> str:
+    """A list of tags with those after the first `keep_tokens` in random order, each left out as often as is set; never the trigger."""
+    tags = tags_of(caption)
+    kept, rest = tags[: data.keep_tokens], tags[data.keep_tokens :]
+    chances = random.random(len(rest))
+    rest = [tag for tag, chance in zip(rest, chances, strict=True) if chance >= data.tag_dropout or names(tag, trigger)]
+    if data.shuffle_tags:
+        rest = [rest[i] for i in random.permutation(len(rest))]
+    return ", ".join([*kept, *rest])
+
+
+def tags_of(caption: str) -> list[str]:
+    return [tag.strip() for tag in caption.split(",") if tag.strip()]
+
+
+def names(caption: str, trigger: str) -> bool:
+    """Whether the trigger, or the place for it, stands in a caption as a word of its own."""
+    return PLACEHOLDER in caption or names_trigger(caption, trigger)
+
+
+def resolve(caption: str, kind: str, trigger: str) -> str:
     """The final caption: a character's name comes first, a style is named at the end; `[trigger]` marks another place."""
-    said = caption or ""
-    if "[trigger]" in said:
-        return said.replace("[trigger]", trigger)
-    if re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", said, re.IGNORECASE):
-        return said
-    parts = [trigger, said] if kind == "character" else [said, f"{trigger} style"]
+    if names(caption, trigger):
+        return caption.replace(PLACEHOLDER, trigger)
+    parts = [trigger, caption] if kind == "character" else [caption, f"{trigger} style"]
     return ", ".join(part for part in parts if part)

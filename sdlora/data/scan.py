@@ -1,116 +1,159 @@
-"""Which pictures a folder holds, whether each can be read, and what is said about it; every one is accounted for."""
+"""Which pictures the folders of a run hold, whether each can be read, and what is said about it; every one is accounted for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError, features
-
+from sdlora.config import Folder
+from sdlora.data.layouts import Picture, understand
+from sdlora.data.pixels import UnreadableError, decode
+from sdlora.data.unzip import is_archive, unzip
+from sdlora.data.walk import SUFFIXES, Found, shown, walk
 from sdlora.errors import UserError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-MAX_PIXELS = 64_000_000
+LISTED = 20  # problems that one error names
 
 
 @dataclass(frozen=True)
 class Item:
+    """A picture that is used; the notes are codes of `sdlora.data.reasons`."""
+
     path: Path
     width: int  # px, after the orientation that the camera noted is applied
     height: int
-    caption: str | None  # of the `.txt` beside the picture; None without one
+    captions: tuple[str, ...]  # as they are written, one of which is said in each sample; none where nothing says one
+    mask: Path | None = None  # a picture of the same shape whose black parts do not count
+    repeats: int = 1  # times that an epoch shows it
+    weight: float = 1.0  # of its loss
+    regularisation: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class LeftOut:
     path: Path
-    why: str
+    why: tuple[str, ...]  # codes of `sdlora.data.reasons`
+    detail: str = ""
 
 
 @dataclass(frozen=True)
 class Account:
-    """What was found in a folder: every picture is either used or left out for a reason."""
+    """What was found: every picture is either used or left out for a reason, and every other file that concerns pictures is named."""
 
     used: Sequence[Item]
     left_out: Sequence[LeftOut]
+    strays: Sequence[LeftOut] = ()  # captions and masks of no picture, and formats that are not read
+    roots: Sequence[Path] = ()  # the folders that were read
+
+    def name(self, path: Path) -> str:
+        """A file's name as reports show it: relative to its folder, with that folder's name where there are several."""
+        inside = [root for root in self.roots if path.is_relative_to(root)]
+        if not inside:
+            return shown(path.name)
+        root = max(inside, key=lambda root: len(root.parts))
+        return shown(path.relative_to(root if len(self.roots) == 1 else root.parent).as_posix())
 
     def line(self) -> str:
         found = len(self.used) + len(self.left_out)
-        captions = sum(item.caption is not None for item in self.used)
-        line = f"{found} pictures found, {len(self.used)} used ({captions} with a caption of their own)"
+        own = sum(bool(item.captions) and "caption-from-folder" not in item.notes for item in self.used)
+        counts = {
+            "with a caption of the folder's name": sum("caption-from-folder" in item.notes for item in self.used),
+            "with a mask": sum(item.mask is not None for item in self.used),
+            "for regularisation": sum(item.regularisation for item in self.used),
+        }
+        also = "".join(f", {count} {what}" for what, count in counts.items() if count)
+        samples = sum(item.repeats for item in self.used)
+        if samples > len(self.used):
+            also += f", {samples} samples an epoch"
+        line = f"{found} pictures found, {len(self.used)} used ({own} with a caption of their own{also})"
         if self.left_out:
-            reasons = "; ".join(f"{out.path.name}: {out.why}" for out in self.left_out[:5])
-            line += f", {len(self.left_out)} left out ({reasons}{'; ...' if len(self.left_out) > 5 else ''})"
-        return line
+            line += f", {len(self.left_out)} left out ({self._reasons(self.left_out)})"
+        return line + (f"; {len(self.strays)} other files ({self._reasons(self.strays)})" if self.strays else "")
+
+    def _reasons(self, files: Sequence[LeftOut], most: int = 5) -> str:
+        reasons = "; ".join(f"{self.name(out.path)}: {out.detail or ', '.join(out.why)}" for out in files[:most])
+        return reasons + ("; ..." if len(files) > most else "")
 
 
 def scan(folder: Path, skip_unreadable: bool) -> Account:
-    """Decode every picture of a folder once. Raises one `UserError` that lists all unreadable ones, unless they are to be skipped."""
-    if not folder.is_dir():
-        what = "not a folder" if folder.exists() else "no such folder"
-        raise UserError("E-DATA-01", f"{what}; pictures are needed to train on", folder, "name the folder that holds them")
-    used, bad, elsewhere = [], [], []
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
-        if path.parent != folder:
-            elsewhere.append(LeftOut(path, "in a subfolder"))
-            continue
-        try:
-            picture = read_picture(path)
-            used.append(Item(path, picture.width, picture.height, read_caption(path.with_suffix(".txt"))))
-        except UnreadableError as error:
-            bad.append(LeftOut(path, str(error)))
-    if bad and not skip_unreadable:
-        listed = "; ".join(f"{out.path.name}: {out.why}" for out in bad)
-        what = f"{len(bad)} of {len(bad) + len(used)} pictures cannot be used: {listed}"
-        raise UserError("E-DATA-03", what, folder, "mend or remove them, or leave them out with --set data.skip_unreadable=true")
-    if not used:
-        kinds = ", ".join(sorted(SUFFIXES))
-        inside = f"; {len(elsewhere)} lie in subfolders: name one of those" if elsewhere else ""
-        raise UserError("E-DATA-02", f"no usable picture in this folder{inside}", folder, f"pictures end in {kinds}")
-    return Account(used, [*bad, *elsewhere])
+    """`scan_all` for one folder of pictures."""
+    return scan_all([Folder(folder=str(folder))], skip_unreadable, folder.parent)
 
 
-class UnreadableError(Exception):
-    """One picture or its caption cannot be read; the message says why."""
+def scan_all(folders: Sequence[Folder], skip_unreadable: bool, unpacked: Path) -> Account:
+    """Read the layout of each folder and decode every picture once; ZIPs are unpacked below `unpacked`.
+
+    Raises one `UserError` that lists all that is wrong, unless it is unreadable pictures and those are to be skipped.
+    """
+    paths = [Path(folder.folder) for folder in folders]
+    roots = [unzip(path, unpacked) if is_archive(path) else path for path in paths]
+    _refuse_twins(roots)
+    layouts = [understand(root, _found(root, roots)) for root in roots]
+    used: list[Item] = []
+    left_out = [LeftOut(one.path, one.notes) for layout in layouts for one in layout.lost]
+    for folder, layout in zip(folders, layouts, strict=True):
+        for picture in layout.pictures:
+            one = _decode(picture, folder)
+            if isinstance(one, Item):
+                used.append(one)
+            else:
+                left_out.append(one)
+    strays = [LeftOut(one.path, one.notes) for layout in layouts for one in layout.strays]
+    account = Account(used, left_out, strays, roots)
+    problems = [problem for layout in layouts for problem in layout.problems]
+    _refuse(account, problems, skip_unreadable, ", ".join(map(str, paths)))
+    return account
 
 
-def read_picture(path: Path, ground: str = "white") -> Image.Image:
-    """The picture as RGB: turned as the camera noted, transparent parts laid on `ground`. Raises `UnreadableError`."""
+def _found(root: Path, roots: Sequence[Path]) -> list[Found]:
+    """The files below one root; what lies in another root that is inside it belongs to that one."""
+    top = root.resolve()
+    inner = [root / other.resolve().relative_to(top) for other in roots if other is not root and other.resolve().is_relative_to(top)]
+    return [one for one in walk(root) if not any(one.path.is_relative_to(other) for other in inner)]
+
+
+def _refuse_twins(roots: Sequence[Path]) -> None:
+    real = [root.resolve() for root in roots]
+    for root in roots:
+        if real.count(root.resolve()) > 1:
+            what = "this folder is named twice, so that its pictures would count twice"
+            raise UserError("E-DATA-06", what, root, "name it once in data.folder and data.folders, with repeats if need be")
+
+
+def _decode(picture: Picture, folder: Folder) -> Item | LeftOut:
     try:
-        if not path.is_file():
-            raise UnreadableError("not a regular file")
-        formats = [*FORMATS, "AVIF"] if features.check("avif") else FORMATS
-        with Image.open(path, formats=formats) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise UnreadableError(f"{opened.width} x {opened.height} px is more than 64 megapixels")
-            opened.load()
-            return _rgb(ImageOps.exif_transpose(opened), ground)
-    except UnidentifiedImageError:
-        raise UnreadableError("not a picture that can be read here") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableError(str(error) or type(error).__name__) from None
+        decoded = decode(picture.path)
+    except UnreadableError as error:
+        return LeftOut(picture.path, (error.code,), str(error))
+    return Item(
+        picture.path,
+        *decoded.picture.size,
+        picture.captions,
+        picture.mask,
+        picture.repeats * folder.repeats,
+        folder.weight,
+        folder.kind == "regularisation",
+        tuple(dict.fromkeys([*picture.notes, *decoded.notes])),
+    )
 
 
-def read_caption(path: Path) -> str | None:
-    """The text beside a picture on one line, or None. Raises `UnreadableError` when it is no UTF-8."""
-    if not path.is_file():
-        return None
-    try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise UnreadableError(f"its caption {path.name} is not UTF-8 (byte {error.start})") from None
-    except OSError as error:
-        raise UnreadableError(f"its caption {path.name} cannot be read: {error.strerror}") from None
+def _refuse(account: Account, problems: Sequence[str], skip_unreadable: bool, where: str) -> None:
+    """Raise what stands in the way of a run, all of it at once."""
+    bad = [] if skip_unreadable else [f"{account.name(out.path)}: {out.detail or ', '.join(out.why)}" for out in account.left_out]
+    found = len(account.used) + len(account.left_out)
+    wrong = [f"{len(bad)} of {found} pictures cannot be used: {_listed(bad)}"] if bad else []
+    if problems:
+        wrong.append(f"{len(problems)} faults in captions: {_listed(problems)}")
+    if wrong:
+        todo = "mend or remove them" + (", or leave such pictures out with --set data.skip_unreadable=true" if bad else "")
+        raise UserError("E-DATA-04" if problems else "E-DATA-03", "; ".join(wrong), where, todo)
+    if not account.used:
+        unread = [account.name(out.path) for out in account.strays if "format-not-read" in out.why]
+        what = "no usable picture in this folder" + (f"; formats that are not read: {_listed(unread)}" if unread else "")
+        raise UserError("E-DATA-02", what, where, f"pictures end in {', '.join(sorted(SUFFIXES))}")
+    if all(item.regularisation for item in account.used):
+        raise UserError("E-DATA-02", "all pictures are for regularisation, none shows what is learnt", where, "name a folder of those too")
 
 
-def _rgb(picture: Image.Image, ground: str) -> Image.Image:
-    if picture.mode.startswith("I;16") or picture.mode == "I":  # Pillow's own conversion would clip 16 bits to white
-        picture = Image.fromarray((np.asarray(picture, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    layer = picture.convert("RGBA")
-    below = Image.new("RGBA", layer.size, ImageColor.getrgb(ground)[:3])
-    return Image.alpha_composite(below, layer).convert("RGB")
+def _listed(lines: Sequence[str]) -> str:
+    return "; ".join(lines[:LISTED]) + (f"; and {len(lines) - LISTED} more" if len(lines) > LISTED else "")

@@ -90,6 +90,8 @@ def public(run: Run, base: str) -> dict[str, Any]:
     table = run.model_dump()
     table["base"] = base
     del table["data"]["folder"]
+    for folder in table["data"]["folders"]:
+        del folder["folder"]
     return table
 
 
