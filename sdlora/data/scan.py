@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdlora.data.pixels import UnreadableError, read_picture
-from sdlora.data.walk import SUFFIXES, walk
+from sdlora.data.walk import SUFFIXES, shown, walk
 from sdlora.errors import UserError
 
 
@@ -35,7 +35,7 @@ class Account:
         captions = sum(item.caption is not None for item in self.used)
         line = f"{found} pictures found, {len(self.used)} used ({captions} with a caption of their own)"
         if self.left_out:
-            reasons = "; ".join(f"{out.path.name}: {out.why}" for out in self.left_out[:5])
+            reasons = "; ".join(f"{shown(out.path.name)}: {out.why}" for out in self.left_out[:5])
             line += f", {len(self.left_out)} left out ({reasons}{'; ...' if len(self.left_out) > 5 else ''})"
         return line
 
@@ -56,7 +56,7 @@ def scan(folder: Path, skip_unreadable: bool) -> Account:
         except UnreadableError as error:
             bad.append(LeftOut(path, str(error)))
     if bad and not skip_unreadable:
-        listed = "; ".join(f"{out.path.name}: {out.why}" for out in bad)
+        listed = "; ".join(f"{shown(out.path.name)}: {out.why}" for out in bad)
         what = f"{len(bad)} of {len(bad) + len(used)} pictures cannot be used: {listed}"
         raise UserError("E-DATA-03", what, folder, "mend or remove them, or leave them out with --set data.skip_unreadable=true")
     if not used:
