@@ -18,7 +18,7 @@ PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
 
 
 def to_rgb(picture: Image.Image, ground: str) -> tuple[Image.Image, list[str]]:
-    """The picture as RGB, and notes on what that took. Raises `ValueError` for a colour model that Pillow cannot convert."""
+    """The picture as RGB, and notes on what that took: codes of `sdlora.data.reasons`."""
     alpha = _alpha(picture)
     colours, notes = _eight_bits(picture)
     colours = _to_srgb(colours, picture.info.get("icc_profile"), notes)
