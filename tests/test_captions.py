@@ -1,6 +1,7 @@
 """Captions: read strictly, varied as pure functions of seed and sample, edited only as was shown."""
 
 import json
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ WARNED: dict[str, tuple[Files, dict[str, tuple[str, ...]], dict[str, tuple[str, 
     "78 direction": ({"a.txt": "a \u202etac\u202c\x07"}, {"a.png": ("a tac",)}, {"a.png": ("invisible-characters",)}),
     "79 identical": ({"a.txt": "a dog"}, {"a.png": ("a dog",)}, {"a.png": ()}),
     "80 orphan": ({"a.txt": "a cat", "c.txt": "a cow"}, {"a.png": ("a cat",)}, {"a.png": ()}),
+    "half a character": ({"captions.json": '{"a": "a \\ud83d cat"}'}, {"a.png": ("a cat",)}, {"a.png": ("invisible-characters",)}),
+    "no text in a table": ({"captions.json": '{"a": null}'}, {"a.png": ()}, {"a.png": ("caption-missing",)}),
     "half a brace": ({"a.txt": "a {red cat"}, {"a.png": ("a {red cat",)}, {"a.png": ("braces-unbalanced",)}),
     "an emoji's and a script's joiner": ({"a.txt": "👩\u200d🚀 می\u200cخواهم"}, {"a.png": ("👩\u200d🚀 می\u200cخواهم",)}, {"a.png": ()}),
 }
@@ -159,6 +162,7 @@ def test_a_sound_table_is_taken(tmp_path: Path) -> None:
         ("captions.json", '{"a": "x", "a": "y"}', "stands in it twice"),
         ("captions.json", '{"nobody": "x"}', "nobody is not in the folder"),
         ("captions.json", '{"../a": "x"}', "leads out"),
+        ("captions.json", '{"no\\nbody": 3}', "the caption of no\\nbody is 3"),
         ("metadata.jsonl", "\udce4".encode("utf-8", "surrogateescape").decode("latin-1"), "line 1: not JSON"),
     ],
 )
@@ -214,6 +218,13 @@ def test_one_of_each_choice_is_said(caption: str, wanted: dict[str, float]) -> N
     found = variants(item_of(caption, regularisation=True), run_of())
     assert found.keys() == wanted.keys()
     assert all(abs(found[text] / 400 - share) < 0.11 for text, share in wanted.items())
+
+
+def test_no_caption_takes_long() -> None:
+    began = time.monotonic()
+    for caption in ("{" * 10**5, "{|" * 10**5, "{a|b}" * 10**5, "{" * 10**5 + "a|b" + "}" * 10**5, "{" + "|" * 10**5):
+        assert captions.longest(caption)
+    assert time.monotonic() - began < 3
 
 
 def test_two_choices_are_made_apart() -> None:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from sdlora import api, family
-from sdlora.data import buckets, cache, captions, pixels, scan, texts
+from sdlora.data import buckets, cache, captions, pixels, scan, texts, walk
 from sdlora.errors import BAD_INPUT, UserError
 from sdlora.family import Family
 
@@ -72,7 +72,7 @@ def test_every_mode_comes_out_as_rgb(tmp_path: Path) -> None:
         assert (read.mode, read.size) == ("RGB", (24, 18))
 
 
-@pytest.mark.parametrize("suffix", sorted(pixels.FORMATS))
+@pytest.mark.parametrize("suffix", sorted(walk.SUFFIXES))
 def test_every_suffix_is_read(suffix: str, tmp_path: Path) -> None:
     Image.new("RGB", (24, 18), (200, 40, 40)).save(tmp_path / f"a{suffix}")
     (item,) = scan.scan(tmp_path, skip_unreadable=False).used

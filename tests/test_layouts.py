@@ -204,6 +204,12 @@ def test_folders_that_cannot_be_together_are_refused(names: list[str], code: str
     assert len(scan.scan_all([Folder(folder=str(tmp_path / name)) for name in ("a", "b")], False, tmp_path).used) == 2, "the control"
 
 
+def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    put(tmp_path, {"a/set/1.png": PICTURE, "b/set/1.png": PICTURE, "c/1.png": PICTURE})
+    account = scan.scan_all([Folder(folder=str(tmp_path / name)) for name in ("a/set", "b/set", "c")], False, tmp_path)
+    assert [account.name(item.path) for item in account.used] == [f"{tmp_path}/a/set/1.png", f"{tmp_path}/b/set/1.png", "c/1.png"]
+
+
 def test_regularisation_alone_teaches_nothing(tmp_path: Path) -> None:
     put(tmp_path, {"a.png": PICTURE})
     with pytest.raises(UserError, match="E-DATA-02"):
@@ -264,7 +270,7 @@ def picture_bytes(tmp_path: Path) -> bytes:
 
 def test_a_zip_is_a_folder(tmp_path: Path) -> None:
     content = picture_bytes(tmp_path)
-    entries = {"set/3_x/a.png": content, "set\\b.png": content, "set/b.txt": b"one", "__MACOSX/._a.png": b"x"}
+    entries = {"set\\": b"", "set/3_x/a.png": content, "set\\b.png": content, "set/b.txt": b"one", "__MACOSX/._a.png": b"x"}
     archive = pack(tmp_path / "set.zip", entries)
     before = archive.read_bytes()
     account = scan.scan_all([Folder(folder=str(archive))], False, tmp_path / "cache")
@@ -282,9 +288,10 @@ def test_a_zip_is_a_folder(tmp_path: Path) -> None:
     assert before == pack(tmp_path / "again.zip", entries).read_bytes(), "the control"
 
 
-def test_a_run_trains_on_a_zip(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rate", [0.0, 5e-3])
+def test_a_run_trains_on_a_zip(rate: float, base: Path, tmp_path: Path) -> None:
     archive = pack(tmp_path / "mira.zip", {"a.png": picture_bytes(tmp_path), "a.txt": b"a cat\n{red|blue} dog"})
-    settled = small.settled(archive, base, name="", train__steps=2)
+    settled = small.settled(archive, base, name="", train__steps=2, train__text_encoder_lr=rate)
     assert settled.name == "mira"
     for _ in range(2):  # the second time it goes on, and the folder that the ZIP left is no other file
         events = list(api.train(settled, tmp_path / "run"))

@@ -14,7 +14,7 @@ from sdlora.data.scan import Item
 from sdlora.randomness import stream
 
 T = TypeVar("T")
-GROUP = re.compile(r"\{([^{}]*\|[^{}]*)\}")  # an innermost group; braces without a bar are text
+DEEPEST = 16  # groups within groups; what is deeper is text
 PLACEHOLDER = "[trigger]"
 
 
@@ -37,7 +37,7 @@ def templates(item: Item, run: Run) -> list[str]:
 
 def vary(items: Sequence[Item], data: Data) -> bool:
     """Whether what is said changes from sample to sample by more than the choice among whole captions."""
-    return any((mixes_tags(data) and "," in caption) or GROUP.search(caption) for item in items for caption in item.captions)
+    return any((mixes_tags(data) and "," in caption) or longest(caption) != caption for item in items for caption in item.captions)
 
 
 def mixes_tags(data: Data) -> bool:
@@ -50,10 +50,22 @@ def choose(options: Sequence[T], seed: int, number: int) -> T:
 
 
 def expand(caption: str, pick: Callable[[list[str]], str]) -> str:
-    """The caption with one option of each `{a|b|c}`, innermost first; the options of one group may be empty or hold groups."""
-    while group := GROUP.search(caption):
-        caption = caption[: group.start()] + pick(group[1].split("|")) + caption[group.end() :]
-    return " ".join(caption.split())
+    """The caption with one option of each `{a|b|c}`; options may be empty or hold groups, and braces without a bar or a pair are text."""
+    groups: list[list[list[str]]] = [[[]]]  # open groups of options of pieces; the outermost is the caption itself
+    for piece in re.split(r"([{|}])", caption):
+        if piece == "{" and len(groups) <= DEEPEST:
+            groups.append([[]])
+        elif piece == "|" and len(groups) > 1:
+            groups[-1].append([])
+        elif piece == "}" and len(groups) > 1:
+            options = ["".join(option) for option in groups.pop()]
+            groups[-1][-1].append(pick(options) if len(options) > 1 else f"{{{options[0]}}}")
+        else:
+            groups[-1][-1].append(piece)
+    while len(groups) > 1:
+        unclosed = "|".join("".join(option) for option in groups.pop())
+        groups[-1][-1].append("{" + unclosed)
+    return " ".join("".join(groups[0][0]).split())
 
 
 def longest(caption: str) -> str:

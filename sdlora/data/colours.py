@@ -1,10 +1,12 @@
 """Pixels of any kind become 8-bit sRGB on a ground: depth, colour model, colour profile, transparency, in this order."""
 
 import io
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageCms, ImageColor
 
 RANGES = (1.0, 255.0, 65535.0)
@@ -16,12 +18,12 @@ PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
 
 
 def to_rgb(picture: Image.Image, ground: str) -> tuple[Image.Image, list[str]]:
-    """The picture as RGB, and notes on what that took. Raises `ValueError` for a colour model that Pillow cannot convert."""
+    """The picture as RGB, and notes on what that took: codes of `sdlora.data.reasons`."""
     alpha = _alpha(picture)
     colours, notes = _eight_bits(picture)
     colours = _to_srgb(colours, picture.info.get("icc_profile"), notes)
     if alpha is None or alpha.getextrema() == (255, 255):
-        return colours, notes
+        return (colours.copy() if colours is picture else colours), notes  # free of the file that it was read from
     notes += ["alpha-on-ground", *["fully-transparent"] * (alpha.getextrema() == (0, 0))]
     below = Image.new("RGB", colours.size, ImageColor.getrgb(ground)[:3])
     below.paste(colours, mask=alpha)
@@ -37,8 +39,10 @@ def _alpha(picture: Image.Image) -> Image.Image | None:
 
 
 def _eight_bits(picture: Image.Image) -> tuple[Image.Image, list[str]]:
-    """The colours without transparency, in mode L, RGB, CMYK or LAB."""
+    """The colours without transparency, in mode L, RGB, CMYK or LAB; large pictures leave no room for copies that change nothing."""
     mode = picture.mode
+    if mode == "RGB":
+        return picture, []
     if _is_deep(mode):
         return _scaled_down(picture)
     if mode in ("L", "CMYK", "LAB"):
@@ -58,20 +62,28 @@ def _is_deep(mode: str) -> bool:
 
 def _scaled_down(picture: Image.Image) -> tuple[Image.Image, list[str]]:
     """Greys of more than 8 bits; Pillow's own conversion cuts them off at 255, which makes 16 bits white and fractions black."""
-    values = np.asarray(picture)
     notes = ["float" if picture.mode == "F" else "16-bit"]
     if picture.mode.startswith("I;16"):
-        greys = ((np.arange(65536) * 255 + 32767) // 65535).astype(np.uint8)[values]
+        table = ((np.arange(65536) * 255 + 32767) // 65535).astype(np.uint8)
+        greys = [table[band] for band in _bands(picture)]
     else:
-        finite = np.isfinite(values)
-        if not finite.all():
-            notes.append("not-finite")
-        white = _white(float(values.max(where=finite, initial=0)))
-        greys = np.nan_to_num(values.astype(np.float32) / white, nan=0.0).clip(0, 1)
-        greys = (greys * 255 + 0.5).astype(np.uint8)
-    scaled = Image.fromarray(greys)
+        brightest, finite = 0.0, True
+        for band in _bands(picture):
+            sound = np.isfinite(band)
+            finite &= bool(sound.all())
+            brightest = max(brightest, float(band.max(where=sound, initial=0)))
+        notes += ["not-finite"] * (not finite)
+        white = np.float32(_white(brightest))
+        greys = [(np.nan_to_num(band / white, nan=0.0).clip(0, 1) * 255 + 0.5).astype(np.uint8) for band in _bands(picture)]
+    scaled = Image.fromarray(np.concatenate(greys))
     inverted = getattr(picture, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
     return ImageChops.invert(scaled) if inverted else scaled, notes
+
+
+def _bands(picture: Image.Image) -> Iterator[NDArray[Any]]:
+    """A few rows at a time: all at once would be held several times over."""
+    for top in range(0, picture.height, 256):
+        yield np.asarray(picture.crop((0, top, picture.width, min(top + 256, picture.height))))
 
 
 def _white(brightest: float) -> float:
@@ -87,15 +99,13 @@ def _to_srgb(colours: Image.Image, profile: object, notes: list[str]) -> Image.I
     if profile:
         try:
             mode, transform = _transform(bytes(profile) if isinstance(profile, bytes) else b"", colours.mode)
-            if transform is None:
-                return colours.convert("RGB")
-            converted = _converted(colours.convert(mode), transform)
+            if transform is not None:
+                converted = _converted(colours.convert(mode), transform)
+                notes.append("icc-to-srgb")
+                return converted
         except (ImageCms.PyCMSError, OSError, ValueError):
             notes.append("icc-broken")
-        else:
-            notes.append("icc-to-srgb")
-            return converted
-    return colours.convert("RGB")
+    return colours if colours.mode == "RGB" else colours.convert("RGB")
 
 
 def _converted(colours: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:

@@ -149,7 +149,7 @@ def _picture(root: Path, one: Found, sources: Sequence[Said], mask: Path | None,
     if not captions and title:
         captions = texts.clean([title]).captions
         codes.append("caption-from-folder")
-    elif not sources and some:
+    elif not captions and some and "caption-empty" not in codes:
         codes.append("caption-missing")
     return Picture(one.path, captions, mask, repeats, one.noting(*codes).notes)
 

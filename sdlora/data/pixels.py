@@ -15,21 +15,13 @@ from PIL import Image, ImageChops, UnidentifiedImageError, features
 from PIL.ImageFile import ImageFile
 
 from sdlora.data import colours, exif
-from sdlora.data.walk import SUFFIXES
+from sdlora.data.walk import FORMATS
 
-FORMATS: Mapping[str, str] = MappingProxyType(
-    {
-        ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP",
-        ".tif": "TIFF", ".tiff": "TIFF", ".gif": "GIF", ".avif": "AVIF",
-    }
-)  # fmt: skip
-"""The formats that are read, by how their files' names end."""
-assert FORMATS.keys() == SUFFIXES
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 600_000_000
 """No picture of the largest size is stored in more: 64 million pixels of 4 × 16 bits are 512 MB."""
 MIN_SIDE_PX = 16
-"""A shorter side holds nothing to learn, and a picture of such a side is enlarged more than threefold even for the smallest base."""
+"""A shorter side holds nothing to learn, and a picture of such a side is enlarged more than fourfold even for the smallest base."""
 PNG_END, JPEG_START, JPEG_END = b"IEND\xaeB`\x82", b"\xff\xd8\xff", b"\xff\xd9"
 TURNS: Mapping[int, Image.Transpose] = MappingProxyType(
     {
@@ -45,8 +37,10 @@ TURNS: Mapping[int, Image.Transpose] = MappingProxyType(
 """What puts a picture upright, by EXIF's orientation."""
 BITS_PER_SAMPLE, ORIENTATION = 258, 274  # tags of TIFF
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", JPEG_START, b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
-FAILURES = (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, RuntimeError)
-FAILURES_OF_PARTS = (AssertionError, struct.error, zlib.error)
+FAILURES = (
+    OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, RuntimeError, AssertionError,
+    struct.error, zlib.error,
+)  # fmt: skip
 """What Pillow raises on files that are damaged, by design and by oversight."""
 
 
@@ -85,7 +79,7 @@ def decode(path: Path, ground: str = "white") -> Decoded:
         raise UnreadableError("not a picture that can be read here", "not-a-picture") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UnreadableError(f"more than {MAX_PIXELS // 10**6} megapixels", "too-large") from None
-    except (*FAILURES, *FAILURES_OF_PARTS) as error:
+    except FAILURES as error:
         if "MAX_TEXT" in str(error):
             raise UnreadableError("its text parts unpack to more than is safe", "too-much-text") from None
         raise UnreadableError(f"cut off or damaged ({str(error) or type(error).__name__})", "damaged") from None

@@ -48,10 +48,10 @@ class Account:
     def name(self, path: Path) -> str:
         """A file's name as reports show it: relative to its folder, with that folder's name where there are several."""
         inside = [root for root in self.roots if path.is_relative_to(root)]
-        if not inside:
-            return shown(path.name)
-        root = max(inside, key=lambda root: len(root.parts))
-        return shown(path.relative_to(root if len(self.roots) == 1 else root.parent).as_posix())
+        root = max(inside, key=lambda root: len(root.parts), default=path.parent)
+        if sum(other.name == root.name for other in self.roots) > 1:
+            return shown(path)
+        return shown(path.relative_to(root.parent if len(self.roots) > 1 else root).as_posix())
 
     def line(self) -> str:
         found = len(self.used) + len(self.left_out)

@@ -12,6 +12,7 @@ from unicodedata import normalize
 
 from sdlora.data import texts
 from sdlora.data.texts import Said
+from sdlora.data.walk import shown
 
 COLUMNS = ("text", "caption", "prompt")
 """Where a row of metadata may have its caption; of several the first that is there counts."""
@@ -33,9 +34,9 @@ class Table:
         if wrong:
             self.problems.append(f"{where}: {wrong}")
         elif not all(isinstance(caption, str) for caption in captions):
-            self.problems.append(f"{where}: the caption of {name} is {json.dumps(value)[:40]}, not text")
+            self.problems.append(f"{where}: the caption of {shown(name)} is {json.dumps(value)[:40]}, not text")
         elif key(name) in self.said:
-            self.problems.append(f"{where}: {name} has an entry before this one")
+            self.problems.append(f"{where}: {shown(name)} has an entry before this one")
         else:
             self.said[key(name)] = Said(()) if value is None else texts.clean(captions)
 
@@ -77,7 +78,7 @@ def _captions(table: Table, text: str) -> None:
         table.problems.append(wrong or "not an object of the form {picture: caption}")
         return
     for name, value in entries.items():
-        table.enter(f'"{name}"', name, value)
+        table.enter(f'"{shown(name)}"', name, value)
 
 
 READERS = {"captions.json": _captions, "metadata.jsonl": _jsonl, "metadata.csv": _csv}
@@ -108,7 +109,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f'"{name}" stands in it twice')
+        raise ValueError(f'"{shown(name)}" stands in it twice')
     return table
 
 
@@ -117,5 +118,5 @@ def _wrong_name(name: Any) -> str:
         return f"{json.dumps(name)[:40]} is no file's name"
     parts = name.replace("\\", "/").split("/")
     if not parts[0] or re.fullmatch("[A-Za-z]:.*", name):
-        return f"{name} is an absolute path; names are relative to this file's folder"
-    return f"{name} leads out of this file's folder" if ".." in parts else ""
+        return f"{shown(name)} is an absolute path; names are relative to this file's folder"
+    return f"{shown(name)} leads out of this file's folder" if ".." in parts else ""

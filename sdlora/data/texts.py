@@ -8,10 +8,11 @@ MAX_BYTES = 256 * 2**20  # of any file of text
 LARGE_BYTES = 64 * 2**10  # of one picture's caption; the longest prompt that any base reads is a hundredth of it
 
 INVISIBLE = re.compile(
-    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
+    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb]"
     "|(?<![^\x00-\x7f])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\x7f])"
 )
-"""Control characters, zero-width ones and those that turn the direction of writing; joiners only where no script or emoji needs them."""
+"""Control characters, zero-width ones, those that turn the direction of writing, halves of characters (JSON can hold them); joiners only
+where no script or emoji needs them."""
 JAPANESE = re.compile(rb"([\x81-\x9f][\x40-\x7e\x80-\xfc]){2}")
 """Two characters of cp932 side by side; Western text has no two bytes so, for what it has beyond ASCII stands alone."""
 

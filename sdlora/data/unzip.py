@@ -15,6 +15,7 @@ from unicodedata import normalize
 from zipfile import ZipFile, ZipInfo
 
 from sdlora import safeio
+from sdlora.data.walk import shown
 from sdlora.errors import UserError
 
 DAMAGE = (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, ValueError, zlib.error, lzma.LZMAError)
@@ -57,9 +58,9 @@ def _unpack(opened: ZipFile, archive: Path, folder: Path, limits: Limits) -> Non
     wrong = [*_sizes(entries, archive.stat().st_size, limits), *_names(entries), *_kinds(entries)]
     if wrong:
         more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
-        what = f"nothing of this ZIP is unpacked: {'; '.join(wrong[:LISTED])}{more}"
+        what = f"nothing of this ZIP is unpacked: {shown('; '.join(wrong[:LISTED]))}{more}"
         raise UserError("E-DATA-07", what, archive, "make it anew without that, or unpack it yourself")
-    files = {_name(entry): entry for entry in entries if not entry.is_dir()}
+    files = {_name(entry): entry for entry in entries if not _is_folder(entry)}
     if not _is_whole(folder, files):
         shutil.rmtree(folder, ignore_errors=True)
         safeio.write_tree(folder, ((name, opened.read(entry)) for name, entry in files.items()))
@@ -89,7 +90,7 @@ def _names(entries: Sequence[ZipInfo]) -> Iterator[str]:
     for entry in entries:
         name = entry.orig_filename.replace("\\", "/")
         if "\0" in name or not _name(entry).strip("."):
-            yield f"{name!r} is no file's name"
+            yield f"{name} is no file's name"
         elif name.startswith("/") or re.match("[A-Za-z]:", name):
             yield f"{name} is an absolute path"
         elif ".." in name.split("/"):
@@ -101,7 +102,7 @@ def _names(entries: Sequence[ZipInfo]) -> Iterator[str]:
             yield f"{name} is in it {count} times"
         elif alike[_alike(name)] > 1:
             yield f"{name} differs from another name only in case or Unicode form"
-    files = {_alike(_name(entry)) for entry in entries if not entry.is_dir()}
+    files = {_alike(_name(entry)) for entry in entries if not _is_folder(entry)}
     inside = {_alike(parent.as_posix()) for name in names for parent in PurePosixPath(name).parents}
     yield from (f"{name} is both a file and a folder" for name in sorted(files & inside))
 
@@ -113,6 +114,10 @@ def _kinds(entries: Sequence[ZipInfo]) -> Iterator[str]:
             yield f"{entry.filename} is {'a link' if kind == stat.S_IFLNK else 'no regular file'}"
         if entry.flag_bits & 0x1:
             yield f"{entry.filename} is encrypted"
+
+
+def _is_folder(entry: ZipInfo) -> bool:
+    return entry.filename.endswith(("/", "\\"))
 
 
 def _name(entry: ZipInfo) -> str:

@@ -3,14 +3,22 @@
 import errno
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from unicodedata import category, normalize
 
 from sdlora.errors import UserError
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
+FORMATS: Mapping[str, str] = MappingProxyType(
+    {
+        ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP",
+        ".tif": "TIFF", ".tiff": "TIFF", ".gif": "GIF", ".avif": "AVIF",
+    }
+)  # fmt: skip
+"""The formats that are read, by how their files' names end."""
+SUFFIXES = frozenset(FORMATS)
 IGNORED = frozenset({"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir"})
 """What operating systems and network drives leave in folders, in lower case; names that start with a dot are ignored too."""
 
