@@ -160,7 +160,7 @@ def _warped(thumbs: Floats, warp: Floats) -> tuple[Floats, Floats]:
         np.maximum(0, 1 - np.abs((place.clip(-1, 1)[:, :, None] + 1) * (side - 1) / 2 - np.arange(side, dtype=np.float32)))
         for place in (across, down)
     ]  # linear interpolation as a matrix (M, n, n) for each axis
-    read = (weights[1] @ thumbs.reshape(many, side, -1)).reshape(thumbs.shape)
+    read = (weights[1] @ thumbs.reshape(many, side, 3 * side)).reshape(thumbs.shape)
     inside = (np.abs(down) <= 1)[:, :, None] & (np.abs(across) <= 1)[:, None]
     return weights[0][:, None] @ read, inside[..., None].astype(np.float32)
 
@@ -170,15 +170,15 @@ def aligned(target: Floats, moved: Floats, warp: Floats, steps: int) -> tuple[Fl
 
     Each step solves for the warp with contrast and brightness, linearised (Gauss-Newton); what lies outside counts nowhere.
     """
-    many = len(target)
+    many, values = len(target), math.prod(target.shape[1:])
     for _ in range(steps):
         read, inside = _warped(moved, warp)
         terms = np.stack([*_warps(read), read, np.ones_like(read)], 1) * inside[:, None]
-        change = _fitted(terms.reshape(many, 6, -1), ((target - read) * inside).reshape(many, -1), 1e-2)
+        change = _fitted(terms.reshape(many, 6, values), ((target - read) * inside).reshape(many, values), 1e-2)
         warp = (warp + change[:, :4].clip(-LARGEST_WARP / 2, LARGEST_WARP / 2)).clip(-LARGEST_WARP, LARGEST_WARP)
     read, inside = _warped(moved, warp)
     terms = np.stack([read, np.ones_like(read)], 1) * inside[:, None]
-    light = _fitted(terms.reshape(many, 2, -1), (target * inside).reshape(many, -1), 1e-3)[:, :, None, None, None]
+    light = _fitted(terms.reshape(many, 2, values), (target * inside).reshape(many, values), 1e-3)[:, :, None, None, None]
     rest = (target - light[:, 0].clip(0.8, 1.25) * read - light[:, 1].clip(-0.12, 0.12)) * inside
     eighth = target.shape[1] // 8
     windows = np.lib.stride_tricks.sliding_window_view(rest, (eighth, eighth), axis=(1, 2))
