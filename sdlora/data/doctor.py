@@ -34,7 +34,7 @@ LONGEST_ASPECT = 2.5
 """A fifth and more is lost when this is cropped to 2 : 1."""
 LOWEST_CONTRAST = 0.02
 """Five levels of 255, after noise is averaged away in the thumbnail."""
-LOWEST_STEEPNESS = 0.45
+LOWEST_STEEPNESS = 0.48
 LARGEST_BLOCK_SHARE, LARGEST_BLOCK_STEP = 0.25, 9.0
 """Both must be passed: a grid shows, and its steps are as high as of JPEG quality 10; at 50 they are a fifth of it."""
 SET_SIZE = 4

@@ -22,10 +22,12 @@ SIDE_PX = 32
 COARSE_PX = 8
 LOWEST_CONTRAST = 0.02
 """Below this, in 0..1, what differs between two pictures is noise rather than content."""
-MAX_NEIGHBOURS = 12
+MAX_NEIGHBOURS = 8
 """A set of film frames has more like pairs than anyone can read; each picture is aligned with the nearest only, which still links them."""
 LARGEST_WARP = 0.16
 """Furthest change of a side or a place, in half pictures: a crop of 5 % from each side is 0.11, and some is left for finding it."""
+WHITE = 0.985
+"""From here up a value may have been cut off, and does not tell how much brighter a picture is."""
 ROWS_AT_ONCE, PAIRS_AT_ONCE = 256, 64
 
 
@@ -177,9 +179,7 @@ def aligned(target: Floats, moved: Floats, warp: Floats, steps: int) -> tuple[Fl
         change = _fitted(terms.reshape(many, 6, values), ((target - read) * inside).reshape(many, values), 1e-2)
         warp = (warp + change[:, :4].clip(-LARGEST_WARP / 2, LARGEST_WARP / 2)).clip(-LARGEST_WARP, LARGEST_WARP)
     read, inside = _warped(moved, warp)
-    terms = np.stack([read, np.ones_like(read)], 1) * inside[:, None]
-    light = _fitted(terms.reshape(many, 2, values), (target * inside).reshape(many, values), 1e-3)[:, :, None, None, None]
-    rest = (target - light[:, 0].clip(0.8, 1.25) * read - light[:, 1].clip(-0.12, 0.12)) * inside
+    rest = _relit(target, read, inside) * inside
     eighth = target.shape[1] // 8
     windows = np.lib.stride_tricks.sliding_window_view(rest, (eighth, eighth), axis=(1, 2))
     spot = windows[:, :: eighth // 2, :: eighth // 2].mean((-1, -2))
@@ -188,6 +188,19 @@ def aligned(target: Floats, moved: Floats, warp: Floats, steps: int) -> tuple[Fl
     contrast = (np.square(target - mean[:, None, None, None]) * inside).sum((1, 2, 3)) / counted
     whole = np.sqrt(np.square(rest).sum((1, 2, 3)) / counted / (contrast + LOWEST_CONTRAST**2))
     return warp, np.abs(spot).max((1, 2, 3)), whole
+
+
+def _relit(target: Floats, read: Floats, inside: Floats) -> Floats:
+    """What differs when one of the two is brightened, or given more contrast, to match the other. White stays white when brightened."""
+    many, values = len(target), math.prod(target.shape[1:])
+    telling = inside * (np.maximum(target, read) < WHITE)
+    terms = np.stack([read, np.ones_like(read)], 1) * telling[:, None]
+    light = _fitted(terms.reshape(many, 2, values), ((target - read) * telling).reshape(many, values), 1e-3)
+    gain, bias = (1 + light[:, 0].clip(-0.2, 0.25)), light[:, 1].clip(-0.12, 0.12)
+    gain, bias = gain[:, None, None, None], bias[:, None, None, None]
+    brighter, darker = target - (gain * read + bias).clip(0, 1), ((target - bias) / gain).clip(0, 1) - read
+    rest: Floats = np.where(gain * 0.5 + bias > 0.5, brighter, darker)
+    return rest
 
 
 def _fitted(terms: Floats, target: Floats, ridge: float) -> Floats:
