@@ -216,7 +216,12 @@ def sweep(pictures: Sequence[Named]) -> None:
     sound = [look(picture) for _, picture in pictures]
     kinds = [kind for kind in COPIES if kind != "exact"]
     copies = [look(COPIES[rng.choice(kinds)](picture, rng)) for _, picture in pictures]
-    for field, values in (("tangent", (0.06, 0.09, 0.12, 0.15)), ("spot_at_16", (0.2, 0.3, 0.4)), ("spot", (0.05, 0.06, 0.07, 0.08, 0.1))):
+    for field, values in (
+        ("tangent", (0.06, 0.09, 0.12, 0.15)),
+        ("spot_at_16", (0.2, 0.3, 0.4)),
+        ("spot", (0.05, 0.07, 0.1)),
+        ("relative", (0.12, 0.15, 0.18, 0.21, 0.25)),
+    ):
         for value in values:
             counted(f"{field} {value}", [*names, *names], [*sound, *copies], replace(fingerprints.Nearness(), **{field: value}))
     for kind, (_, plant) in FLAWS.items():

@@ -35,8 +35,9 @@ LONGEST_ASPECT = 2.5
 LOWEST_CONTRAST = 0.02
 """Five levels of 255, after noise is averaged away in the thumbnail."""
 LOWEST_STEEPNESS = 0.48
-LARGEST_BLOCK_SHARE, LARGEST_BLOCK_STEP = 0.25, 9.0
-"""Both must be passed: a grid shows, and its steps are as high as of JPEG quality 10; at 50 they are a fifth of it."""
+LARGEST_BLOCK_SHARE = 0.25
+BLOCK_STEPS = (8.0, 48.0)
+"""Of blocks that trouble: JPEG quality 10 makes steps of about ten levels, 50 of two; higher ones than this are drawn, as in pixel art."""
 SET_SIZE = 4
 """Fewer pictures are not called uniform."""
 SET_SHARE = 0.8
@@ -75,7 +76,7 @@ def of_picture(file: str, look: Look, resolution_px: int) -> Iterator[Finding]:
         return  # nothing is there to be sharp or broken into blocks
     if look.steepness < LOWEST_STEEPNESS:
         yield Finding("blurred", (file,), f"the steepest step of an edge is {100 * look.steepness:.0f} % of its height", "warn")
-    if look.block_share > LARGEST_BLOCK_SHARE and look.block_step > LARGEST_BLOCK_STEP:
+    if look.block_share > LARGEST_BLOCK_SHARE and BLOCK_STEPS[0] <= look.block_step <= BLOCK_STEPS[1]:
         yield Finding("over-compressed", (file,), f"steps of {look.block_step:.0f} levels between blocks of 8 x 8 px", "warn")
 
 

@@ -38,14 +38,14 @@ class Nearness:
     tangent: float = 0.12  # squared distance of the normalised 8 x 8 thumbnails, crops explained
     spot_at_16: float = 0.3  # largest difference of means over an eighth of the picture, in 0..1, roughly aligned
     spot: float = 0.07  # the same, aligned at full size
-    whole: float = 0.3  # difference relative to the picture's own contrast
+    relative: float = 0.18  # the same, in standard deviations of the picture: plain grounds differ little, but are not copies
 
 
 class Pair(NamedTuple):
     first: int
     second: int
     spot: float
-    whole: float
+    relative: float
 
 
 def thumbnail(picture: Image.Image) -> bytes:
@@ -68,9 +68,9 @@ def near_pairs(thumbs: Floats, nearness: Nearness | None = None) -> list[Pair]:
         warp, spot, _ = aligned(middle[first], middle[second], np.zeros((len(first), 4), np.float32), 3)
         close = spot <= limits.spot_at_16
         first, second = first[close], second[close]
-        _, spot, whole = aligned(thumbs[first], thumbs[second], warp[close], 2)
-        same = (spot <= limits.spot) & (whole <= limits.whole)
-        columns = (column[same].tolist() for column in (first, second, spot, whole))
+        _, spot, relative = aligned(thumbs[first], thumbs[second], warp[close], 2)
+        same = (spot <= limits.spot) & (relative <= limits.relative)
+        columns = (column[same].tolist() for column in (first, second, spot, relative))
         found += (Pair(*row) for row in zip(*columns, strict=True))
     return sorted(found)
 
@@ -168,7 +168,7 @@ def _warped(thumbs: Floats, warp: Floats) -> tuple[Floats, Floats]:
 
 
 def aligned(target: Floats, moved: Floats, warp: Floats, steps: int) -> tuple[Floats, Floats, Floats]:
-    """Warps (M, 4) that lay `moved` on `target`, and what then differs: in the worst spot, in 0..1, and as a whole, relative to contrast.
+    """Warps (M, 4) that lay `moved` on `target`, and what then differs: in the worst spot, in 0..1, and relative to contrast.
 
     Each step solves for the warp with contrast and brightness, linearised (Gauss-Newton); what lies outside counts nowhere.
     """
@@ -183,11 +183,11 @@ def aligned(target: Floats, moved: Floats, warp: Floats, steps: int) -> tuple[Fl
     eighth = target.shape[1] // 8
     windows = np.lib.stride_tricks.sliding_window_view(rest, (eighth, eighth), axis=(1, 2))
     spot = windows[:, :: eighth // 2, :: eighth // 2].mean((-1, -2))
-    counted = 3 * inside.sum((1, 2, 3)) + 1e-6
-    mean = (target * inside).sum((1, 2, 3)) / counted
-    contrast = (np.square(target - mean[:, None, None, None]) * inside).sum((1, 2, 3)) / counted
-    whole = np.sqrt(np.square(rest).sum((1, 2, 3)) / counted / (contrast + LOWEST_CONTRAST**2))
-    return warp, np.abs(spot).max((1, 2, 3)), whole
+    counted = inside.sum((1, 2)) + 1e-6  # (M, 1)
+    mean = (target * inside).sum((1, 2)) / counted
+    contrast = np.sqrt((np.square(target - mean[:, None, None]) * inside).sum((1, 2)) / counted).max(1)
+    worst = np.abs(spot).max((1, 2, 3))
+    return warp, worst, worst / np.maximum(contrast, LOWEST_CONTRAST)
 
 
 def _relit(target: Floats, read: Floats, inside: Floats) -> Floats:

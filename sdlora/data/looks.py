@@ -32,7 +32,7 @@ class Look:
     contrast: float  # standard deviation of the thumbnail's colours, in 0..1
     steepness: float  # share of a sharp edge's height that lies between two neighbouring pixels, 0..1; 1 without edges
     block_share: float  # share of isolated steps that lie on one grid of 8 x 8 px: 1/8 by chance, towards 1 in blocks
-    block_step: float  # mean height of those steps, in levels of 255
+    block_step: float  # median height of those steps, in levels of 255
 
 
 def look(picture: Image.Image) -> Look:
@@ -118,5 +118,5 @@ def _blocks(grey: Bytes) -> tuple[float, float]:
         grid = int(on_grid.argmax())
         shares.append(float(on_grid[grid]))
         high = middle[grid:whole:BLOCK_PX][isolated[grid:whole:BLOCK_PX]]
-        heights.append(float(np.minimum(high, 20).mean()) if high.size else 0.0)
+        heights.append(float(np.median(high)) if high.size else 0.0)
     return min(shares), min(heights)
