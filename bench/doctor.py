@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
 from sdlora.data import doctor, fingerprints
-from sdlora.data.looks import Look, colours, look
+from sdlora.data.looks import Look, look, thumbnails
 from sdlora.data.scan import SUFFIXES, UnreadableError, read_picture
 
 Picture = Image.Image
@@ -135,8 +135,7 @@ FLAWS: dict[str, tuple[str, Plant]] = {
 
 def found_pairs(looks: Sequence[Look], nearness: fingerprints.Nearness) -> Pairs:
     """As the doctor finds them: equal pixels, and near ones."""
-    thumbs = np.stack([colours(one) for one in looks])
-    near = {(pair.first, pair.second) for pair in fingerprints.near_pairs(thumbs, nearness)}
+    near = {(pair.first, pair.second) for pair in fingerprints.near_pairs(thumbnails(looks), nearness)}
     return near | equal_pairs(looks)
 
 

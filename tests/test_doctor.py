@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 from sdlora.data import doctor, fingerprints
 from sdlora.data.doctor import REASONS, Finding
-from sdlora.data.looks import Look, colours, look
+from sdlora.data.looks import Look, look, thumbnails
 
 Picture = Image.Image
 SIDE = 160
@@ -103,7 +103,7 @@ def test_a_look_keeps_in_json_and_is_small() -> None:
     text = json.dumps(asdict(seen))
     assert Look(**json.loads(text)) == seen
     assert len(text) < 5000
-    assert colours(seen).shape == (32, 32, 3)
+    assert thumbnails([seen]).shape == (1, 32, 32, 3)
 
 
 def test_a_look_depends_on_the_pixels_and_their_shape() -> None:
@@ -191,8 +191,8 @@ def test_many_versions_make_one_group() -> None:
 
 def test_ten_thousand_pictures_are_compared_in_seconds() -> None:
     rng = np.random.default_rng(0)
-    thumbs = rng.random((10_000, 4, 4, 3), dtype=np.float32).repeat(8, 1).repeat(8, 2)
-    thumbs[9000:9050] = thumbs[:50] * 0.95 + 0.01
+    thumbs = rng.integers(0, 256, (10_000, 4, 4, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    thumbs[9000:9050] = (thumbs[:50] * 0.95 + 2).astype(np.uint8)
     start = time.process_time()
     found = fingerprints.near_pairs(thumbs)
     assert time.process_time() - start < 40, "a bound against growth, far above what it takes"

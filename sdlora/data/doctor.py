@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 
 from sdlora.data import fingerprints
-from sdlora.data.fingerprints import Floats
-from sdlora.data.looks import Look, colours
+from sdlora.data.fingerprints import Bytes, Floats
+from sdlora.data.looks import Look, thumbnails
 
 REASONS = {
     "tiny": "The picture must be enlarged to more than twice its size, which teaches softness; take a larger original.",
@@ -44,6 +44,7 @@ SET_SHARE = 0.8
 CAPTION_SHARE = 0.5
 MARGIN_SHARE = 0.6
 GROUND_DISTANCE = 0.05
+SUBJECT_LEVELS = 25
 FRAMING_DISTANCE = 0.04
 """Of the picture's side, by which the subject's middle and spread may differ."""
 
@@ -90,7 +91,7 @@ def of_set(looks: Mapping[str, Look]) -> Iterator[Finding]:
     distinct = [files[0] for files in same.values()]
     if not distinct:
         return
-    thumbs = np.stack([colours(looks[file]) for file in distinct])
+    thumbs = thumbnails(looks[file] for file in distinct)
     seen = np.array([looks[file].contrast >= LOWEST_CONTRAST for file in distinct])  # blank pictures are all alike, and are named as such
     shown = np.flatnonzero(seen)
     for group in fingerprints.groups([(pair.first, pair.second) for pair in fingerprints.near_pairs(thumbs[shown])]):
@@ -130,26 +131,28 @@ def of_trigger(trigger: str, pieces: Callable[[str], int]) -> Iterator[Finding]:
         yield Finding("trigger-is-a-word", (), f"{trigger!r} is {'one token' if len(words) == 1 else 'made of known words'}", "warn")
 
 
-def _ring(thumbs: Floats) -> Floats:
-    """The outermost pixels of each thumbnail: (N, 124, 3)."""
-    return np.concatenate((thumbs[:, 0], thumbs[:, -1], thumbs[:, 1:-1, 0], thumbs[:, 1:-1, -1]), 1)
+def _ring(thumbs: Bytes) -> Floats:
+    """The outermost pixels of each thumbnail: (N, 124, 3), in 0..1."""
+    ring = np.concatenate((thumbs[:, 0], thumbs[:, -1], thumbs[:, 1:-1, 0], thumbs[:, 1:-1, -1]), 1)
+    return ring.astype(np.float32) / np.float32(255)
 
 
-def _ground_distance(thumbs: Floats) -> Floats:
+def _ground_distance(thumbs: Bytes) -> Floats:
     """How far most of each picture's margin is from the set's median margin: (N,), in 0..1. A subject may cover the rest of it."""
     ring = _ring(thumbs)
     distance: Floats = np.quantile(np.abs(ring - np.median(ring, axis=0)).max(2), MARGIN_SHARE, axis=1)
     return distance
 
 
-def _framing_distance(thumbs: Floats) -> Floats:
+def _framing_distance(thumbs: Bytes) -> Floats:
     """How far the middle and the spread, in x and y, of what differs from the ground are from the set's median: (N,), in sides."""
-    ground = np.median(_ring(thumbs), axis=1)
-    shown = np.where(np.abs(thumbs - ground[:, None, None]).max(3) > 0.1, 1.0, 1e-6)
+    ground = (255 * np.median(_ring(thumbs), axis=1)).astype(np.uint8)[:, None, None]
+    differs = (np.maximum(thumbs, ground) - np.minimum(thumbs, ground)).max(3) > SUBJECT_LEVELS
     place = (np.arange(thumbs.shape[1]) + 0.5) / thumbs.shape[1]
     measured = []
     for axis in (1, 2):
-        along = shown.sum(axis) / shown.sum((1, 2))[:, None]
+        along = differs.sum(axis) + 1e-6
+        along /= along.sum(1, keepdims=True)
         middle = (along * place).sum(1)
         measured += [middle, np.sqrt((along * np.square(place - middle[:, None])).sum(1))]
     framing = np.stack(measured, 1)

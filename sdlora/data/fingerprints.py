@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Indices = NDArray[np.intp]
 
@@ -53,22 +54,21 @@ def thumbnail(picture: Image.Image) -> bytes:
     return picture.resize((SIDE_PX, SIDE_PX), Image.Resampling.BILINEAR, reducing_gap=3.0).tobytes()
 
 
-def pixels(thumbnails: Sequence[bytes]) -> Floats:
-    """Thumbnails as (N, 32, 32, 3) in 0..1."""
-    stacked = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(-1, SIDE_PX, SIDE_PX, 3)
-    return stacked.astype(np.float32) / np.float32(255)
+def stacked(thumbnails: Sequence[bytes]) -> Bytes:
+    """Thumbnails as (N, 32, 32, 3)."""
+    return np.frombuffer(b"".join(thumbnails), np.uint8).reshape(-1, SIDE_PX, SIDE_PX, 3)
 
 
-def near_pairs(thumbs: Floats, nearness: Nearness | None = None) -> list[Pair]:
+def near_pairs(thumbs: Bytes, nearness: Nearness | None = None) -> list[Pair]:
     """Pairs of pictures (N, 32, 32, 3) that show the same thing; at most `MAX_NEIGHBOURS` of them begin with one picture."""
     limits = nearness or Nearness()
-    middle = halved(thumbs)
     found: list[Pair] = []
     for first, second in _candidates(thumbs, limits.tangent):
-        warp, spot, _ = aligned(middle[first], middle[second], np.zeros((len(first), 4), np.float32), 3)
+        one, other = _floats(thumbs[first]), _floats(thumbs[second])
+        warp, spot, _ = aligned(halved(one), halved(other), np.zeros((len(first), 4), np.float32), 3)
         close = spot <= limits.spot_at_16
         first, second = first[close], second[close]
-        _, spot, relative = aligned(thumbs[first], thumbs[second], warp[close], 2)
+        _, spot, relative = aligned(one[close], other[close], warp[close], 2)
         same = (spot <= limits.spot) & (relative <= limits.relative)
         columns = (column[same].tolist() for column in (first, second, spot, relative))
         found += (Pair(*row) for row in zip(*columns, strict=True))
@@ -90,6 +90,11 @@ def groups(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
     for one in sorted(parent):
         members.setdefault(root(one), []).append(one)
     return [tuple(group) for group in members.values()]
+
+
+def _floats(thumbs: Bytes) -> Floats:
+    """From levels of 255 to 0..1."""
+    return thumbs.astype(np.float32) / np.float32(255)
 
 
 def halved(thumbs: Floats) -> Floats:
@@ -131,9 +136,9 @@ def _described(thumbs: Floats) -> tuple[Floats, Floats]:
     return flat, np.linalg.solve(np.linalg.cholesky(gram), changes)
 
 
-def _candidates(thumbs: Floats, limit: float) -> Iterator[tuple[Indices, Indices]]:
+def _candidates(thumbs: Bytes, limit: float) -> Iterator[tuple[Indices, Indices]]:
     """Pairs i < j within the tangent distance, the nearest of each i, a few at a time: memory stays flat."""
-    parts = [_described(thumbs[start : start + ROWS_AT_ONCE]) for start in range(0, len(thumbs), ROWS_AT_ONCE)]
+    parts = [_described(_floats(thumbs[start : start + ROWS_AT_ONCE])) for start in range(0, len(thumbs), ROWS_AT_ONCE)]
     flat = np.concatenate([part[0] for part in parts]) if parts else np.zeros((0, 3 * COARSE_PX**2), np.float32)
     size = (flat**2).sum(1)
     for block, (rows, basis) in enumerate(parts):

@@ -2,15 +2,14 @@
 
 import base64
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from sdlora.data import fingerprints
-
-Bytes = NDArray[np.uint8]
+from sdlora.data.fingerprints import Bytes
 
 WORKING_PX = 256
 """Sharpness is measured at most at this size: a blur that is not seen there does not matter in training."""
@@ -47,21 +46,16 @@ def look(picture: Image.Image) -> Look:
         height=picture.height,
         digest=digest.hexdigest(),
         thumbnail=base64.b64encode(thumbnail).decode(),
-        contrast=float(_colours(thumbnail).std(0).max() / 255),
+        contrast=float(fingerprints.stacked([thumbnail]).std((0, 1, 2)).max() / 255),
         steepness=_steepness(_reduced(grey)),
         block_share=share,
         block_step=step,
     )
 
 
-def colours(seen: Look) -> NDArray[np.float32]:
-    """The thumbnail as (32, 32, 3) in 0..1."""
-    thumbs = fingerprints.pixels([base64.b64decode(seen.thumbnail)])
-    return thumbs.reshape(thumbs.shape[1:])
-
-
-def _colours(thumbnail: bytes) -> Bytes:
-    return np.frombuffer(thumbnail, np.uint8).reshape(-1, 3)
+def thumbnails(looks: Iterable[Look]) -> Bytes:
+    """The fingerprints of many pictures: (N, 32, 32, 3)."""
+    return fingerprints.stacked([base64.b64decode(one.thumbnail) for one in looks])
 
 
 def _reduced(grey: Image.Image) -> Bytes:
