@@ -34,7 +34,7 @@ ROWS_AT_ONCE, PAIRS_AT_ONCE = 256, 64
 
 @dataclass(frozen=True)
 class Nearness:
-    """What a pair may differ by and count as the same; chosen by `bench/doctor.py` on one half of its pictures, reported on the other."""
+    """What a pair may differ by and count as the same; `bench/doctor.py --sweep` shows what other limits would give."""
 
     tangent: float = 0.12  # squared distance of the normalised 8 x 8 thumbnails, crops explained
     spot_at_16: float = 0.3  # largest difference of means over an eighth of the picture, in 0..1, roughly aligned
