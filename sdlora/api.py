@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from sdlora import config, family, job, pictures, safeio, settings
 from sdlora.config import Run
-from sdlora.data import edits
+from sdlora.data import edits, ledger, page
 from sdlora.data.edits import Edit
 from sdlora.errors import UserError
 from sdlora.generate import Recipe
@@ -30,6 +31,7 @@ __all__ = [
     "Run",
     "Studio",
     "UserError",
+    "check",
     "edit_captions",
     "grid",
     "open_pack",
@@ -40,6 +42,7 @@ __all__ = [
     "read_settings",
     "save_picture",
     "save_sheet",
+    "save_text",
     "settings_text",
     "settle",
     "train",
@@ -70,6 +73,20 @@ def train(run: Run, out: Path) -> Iterator[Event]:
     return job.run(run, family.find(run.base), out)
 
 
+def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:
+    """What a run with these settings would do with every picture, as `ledger.json` has it; and that as a web page, made when called.
+
+    Nothing is trained. ZIPs are unpacked below `unpacked`.
+    """
+    found = ledger.read_dataset(run, unpacked)
+    loaded = family.load(family.find(run.base), torch.device("cpu"), torch.float32)
+    dataset = ledger.fit_dataset(found, run, loaded)
+    table = ledger.ledger(dataset, run, loaded, ledger.findings(dataset, run, loaded))
+    account = dataset.account
+    items = [(account.name(item.path), item) for item in account.used]
+    return table, lambda: page.page(f"The pictures of {run.name}", table, items, run.data.ground)
+
+
 def open_pack(path: Path) -> Pack:
     """Read a pack; `UserError` if it is none."""
     return file.load(path)
@@ -94,6 +111,11 @@ def save_sheet(path: Path, make: Callable[[], Image.Image]) -> None:
     """Write a sheet as a PNG; it is made only once its name is known to be good."""
     check_png(path)
     safeio.write(path, pictures.encode(make(), {}))
+
+
+def save_text(path: Path, make: Callable[[], str]) -> None:
+    """Write what `make` gives, as UTF-8."""
+    safeio.write(path, make())
 
 
 def check_png(path: Path) -> None:

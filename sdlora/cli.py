@@ -7,7 +7,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
@@ -78,6 +79,28 @@ def resume(run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")
         if not (run / "config.toml").is_file():
             raise UserError("E-RUN-04", "no run lies here: there is no config.toml", run, "name the folder that `sdlora train` wrote")
         follow(api.settle(api.read_settings(run / "config.toml", []), run / "config.toml"), run)
+
+
+@app.command()
+def check(
+    source: Annotated[Path, typer.Argument(help="folder with the pictures, or a TOML file of settings", metavar="DIR|F.toml")],
+    as_json: Annotated[bool, typer.Option("--json", help="print all of it as JSON")] = False,
+    html: Annotated[Optional[Path], typer.Option(help="write a page with every picture and its crop", metavar="F.html")] = None,
+    set_: Set = None,
+) -> None:
+    """Say what would become of every picture, and what is wrong with the set; nothing is trained."""
+    with shown_errors(), TemporaryDirectory() as unpacked:
+        from sdlora import api
+
+        file = source if source.suffix == ".toml" else None
+        table = api.read_settings(file, set_ or [])
+        if not file:
+            api.override(table, f"data.folder={json.dumps(str(source))}")
+        table.setdefault("data", {}).setdefault("skip_unreadable", True)  # named with the rest, instead of one error
+        ledger, page = api.check(api.settle(table, file or "command line"), Path(unpacked))
+        if html:
+            api.save_text(html, page)
+        typer.echo(json.dumps(ledger, indent=1) if as_json else report(ledger))
 
 
 @app.command()
@@ -250,6 +273,30 @@ def opened(packs: list[str], base: str, scale: str) -> "tuple[Studio, tuple[tupl
         usual = pack.recommended_scale if everywhere is None else everywhere
         scales.append((name, usual if own is None else own))
     return studio, tuple(scales)
+
+
+def report(ledger: dict[str, Any]) -> str:
+    """The ledger for reading, worst first."""
+    totals, lines = ledger["totals"], []
+    lines += [
+        f"{row['file']}: left out, {row['detail'] or ', '.join(row['why'])}" for row in ledger["pictures"] if row["fate"] == "left_out"
+    ]
+    for one in ledger["findings"]:
+        files = ", ".join(one["files"][:5]) + (f" and {len(one['files']) - 5} more" if len(one["files"]) > 5 else "")
+        lines.append(f"{one['code']}: {files or 'all'}: {one['detail']}")
+    for row in ledger["pictures"]:
+        if row["fate"] != "left_out":
+            size, bucket = ("x".join(map(str, row[key])) for key in ("size_px", "bucket_px"))
+            why = f" ({', '.join(row['why'])})" if row["why"] else ""
+            said = " / ".join(row["captions"])
+            lines.append(f"{row['file']}: {row['fate']}{why}, {size} px at {bucket}, shown {row['shown']} times: {said}")
+    lines += [f"{row['file']}: {', '.join(row['why'])}" for row in ledger["other_files"]]
+    lines.append(
+        f"{totals['found']} pictures found, {totals['used']} used ({totals['of_these_warned']} with warnings), "
+        f"{totals['left_out']} left out; {totals['steps']} steps, {totals['epochs']} epochs of {totals['samples_an_epoch']}; "
+        f"cache {totals['disk_bytes'] / 1e6:.1f} MB"
+    )
+    return "\n".join(lines)
 
 
 def warn_of_cuts(studio: "Studio", prompts: list[str]) -> None:

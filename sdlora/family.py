@@ -54,6 +54,8 @@ class Family(ABC):
     """What adapters may sit on, frozen; layer names inside a component are those that packs use."""
     device: torch.device
     alphas_cumprod: Tensor
+    most_tokens: int
+    """Of a caption, which the network reads."""
     latent_channels: int
     latent_factor: int
     """Pixels per latent, along one side."""
@@ -73,8 +75,12 @@ class Family(ABC):
         """Token ids (B, L), padded and, where a caption is longer than the model reads, cut."""
 
     @abstractmethod
+    def spans(self, caption: str) -> list[tuple[int, int]]:
+        """Where in a caption each of its tokens begins and ends, without those that are added and before any cut."""
+
     def too_long(self, captions: Sequence[str]) -> list[str]:
         """The captions that `tokens` would cut."""
+        return [caption for caption in captions if len(self.spans(caption)) > self.most_tokens]
 
     @abstractmethod
     def states(self, tokens: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from torch import Tensor
 from sdlora import devices, family, lookup, pictures, safeio, score, settings, state
 from sdlora.adapter import Bank, choose_sites
 from sdlora.config import Run, flat, parse, to_toml
-from sdlora.data import buckets, cache, captions, reasons, scan
+from sdlora.data import cache, captions, ledger
 from sdlora.data.batches import Prepared
+from sdlora.data.ledger import Dataset
 from sdlora.errors import NUMBERS, UserError
 from sdlora.family import Base, Family
 from sdlora.generate import Recipe
@@ -43,15 +44,6 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """The folders as this run uses them."""
-
-    account: scan.Account
-    captions: list[list[str]]  # of each picture, with the trigger in them
-    sizes: list[buckets.Size]
-
-
-@dataclass(frozen=True)
 class Job:
     """A run whose input is known to be good: nothing has been written yet."""
 
@@ -68,9 +60,9 @@ def run(settled: Run, base: Base, out: Path) -> Iterator[Event]:
     began = time.time()
     accelerator, dtype = devices.for_training(given(settled.train.precision))
     differs = check_folder(settled, out)
-    dataset = read_dataset(settled, out / "cache")
+    found = ledger.read_dataset(settled, out / "cache")
     loaded = family.load(base, accelerator.device, dtype)
-    job = Job(settled, base, out, began, fit_dataset(dataset, settled, loaded), sites(settled, loaded))
+    job = Job(settled, base, out, began, ledger.fit_dataset(found, settled, loaded), sites(settled, loaded))
     prepare_folder(settled, out)
     for event in _train(job, loaded, accelerator, differs):
         record = {"time": round(time.time(), 3)} | {k: v for k, v in dataclasses.asdict(event).items() if v not in ("", None, {})}
@@ -110,9 +102,10 @@ def _train(job: Job, loaded: Family, accelerator: Accelerator, notes: list[str])
     settled, dataset = job.settled, job.dataset
     for note in [*notes, dataset.account.line()]:
         yield Event("note", note)
-    safeio.write(job.out / "ledger.json", json.dumps(ledger(dataset), indent=1))
-    for caption in loaded.too_long(list(dict.fromkeys(captions.longest(one) for said in dataset.captions for one in said))):
-        yield Event("warning", f'caption longer than this base reads, its end is not learnt: "{caption[:80]}..."')
+    found = ledger.findings(dataset, settled, loaded)
+    safeio.write(job.out / "ledger.json", json.dumps(ledger.ledger(dataset, settled, loaded, found), indent=1))
+    for finding in (one for one in found if one.severity == "warn"):
+        yield Event("warning", ledger.said(finding))
     latents = cache.latents(dataset.account.used, dataset.sizes, settled.data.ground, loaded, job.out / "cache")
     bank = Bank(loaded.components)
     learner = new_learner(job, loaded, bank, latents, accelerator)
@@ -156,46 +149,6 @@ def _read(trained: list[Trained]) -> Iterator[Event]:
         yield Event("step", step=one.step, loss=loss)
 
 
-def read_dataset(settled: Run, unpacked: Path) -> Dataset:
-    """Scan the folders and settle every caption; sizes follow once the base is loaded. ZIPs are unpacked below `unpacked`."""
-    if not settled.data.sources:
-        raise UserError("E-DATA-01", "no folder of pictures is named", "data.folder", "sdlora train DIR")
-    account = scan.scan_all(settled.data.sources, settled.data.skip_unreadable, unpacked)
-    return Dataset(account, [captions.templates(item, settled) for item in account.used], [])
-
-
-def fit_dataset(dataset: Dataset, settled: Run, loaded: Family) -> Dataset:
-    """The dataset with the size that each picture takes on this base."""
-    assert settled.data.resolution_px is not None
-    available = buckets.sizes(settled.data.resolution_px, loaded.step_px)
-    return dataclasses.replace(dataset, sizes=[buckets.choose(item.width, item.height, available) for item in dataset.account.used])
-
-
-def ledger(dataset: Dataset) -> dict[str, Any]:
-    """What becomes of every picture, and of every other file that concerns pictures, as `ledger.json` holds it."""
-    account = dataset.account
-    used = [
-        {
-            "file": account.name(item.path),
-            "fate": reasons.fate(item.notes),
-            "why": list(item.notes),
-            "size_px": [item.width, item.height],
-            "bucket_px": list(size),
-            "crop_px": [round(edge, 1) for edge in buckets.crop_box(item.width, item.height, size)],
-            "captions": said,
-            "mask": account.name(item.mask) if item.mask else None,
-            "repeats": item.repeats,
-            "weight": item.weight,
-            "regularisation": item.regularisation,
-        }
-        for item, said, size in zip(account.used, dataset.captions, dataset.sizes, strict=True)
-    ]
-    left_out = [{"file": account.name(out.path), "fate": "left_out", "why": [*out.why], "detail": out.detail} for out in account.left_out]
-    strays = [{"file": account.name(out.path), "why": [*out.why]} for out in account.strays]
-    totals = {"found": len(used) + len(left_out), "used": len(used), "left_out": len(left_out)}
-    return {"pictures": [*used, *left_out], "other_files": strays, "totals": totals}
-
-
 def sites(settled: Run, loaded: Family) -> list[str]:
     """Names of the layers that the run adapts."""
     kind = lookup.find("adapters", settled.adapter.model_dump()["kind"])
@@ -237,7 +190,7 @@ def prepared(job: Job, loaded: Family, latents: list[tuple[Tensor, Tensor]]) -> 
         latents,
         text.cpu(),
         given(settled.data.caption_dropout),
-        pool=[i for i, item in enumerate(items) for _ in range(item.repeats)],
+        pool=job.dataset.pool,
         rows=[[next(numbers) for _ in said] for said in job.dataset.captions],
         weights=[item.weight for item in items],
         prior=range(len(said), len(text)),

@@ -105,7 +105,7 @@ def settled(folder: Path, base: Path, **overrides: Any) -> Run:
     table: dict[str, Any] = {
         "name": "mira",
         "base": str(base),
-        "data": {"folder": str(folder), "resolution_px": 32},
+        "data": {"folder": str(folder), "resolution_px": 32, "prior_share": 0.0},
         "adapter": {"rank": 2},
         "train": {**train, "precision": "fp32"},
         "preview": {"scales": [], "steps": 2},

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import small
 import torch
+from PIL import Image
 from test_layouts import PICTURE, Files, drawn, lines, notes, put, said
 from typer.testing import CliRunner
 
@@ -19,6 +20,7 @@ from sdlora.config import Run
 from sdlora.data import captions, edits, reasons, scan, texts
 from sdlora.data.batches import micro_batch
 from sdlora.data.edits import Edit
+from sdlora.data.looks import look
 from sdlora.data.scan import Item
 from sdlora.errors import BAD_INPUT, UserError
 from sdlora.family import Family
@@ -62,9 +64,10 @@ def test_77_a_caption_that_is_cut_is_said(base: Path, tmp_path: Path) -> None:
     """Of a choice of words the longest counts."""
     put(tmp_path / "x", {"a.png": PICTURE, "a.txt": "mira {very|" + "very " * 40 + "}", "b.png": PICTURE, "b.txt": "{a|b}"})
     events = list(api.train(small.settled(tmp_path / "x", base, train__steps=1), tmp_path / "run"))
-    (warning,) = [event.text for event in events if event.kind == "warning"]
-    assert "longer than this base reads" in warning
-    assert "mira very very" in warning
+    (warning,) = [event.text for event in events if event.kind == "warning" and "caption-too-long" in event.text]
+    assert "(a.png)" in warning
+    assert "very very" in warning
+    assert len(warning) < 300
 
 
 REFUSED: dict[str, tuple[bytes, int, str]] = {
@@ -193,7 +196,7 @@ def run_of(**data: Any) -> Run:
 
 
 def item_of(*said: str, regularisation: bool = False) -> Item:
-    return Item(Path("a.png"), 1, 1, said, regularisation=regularisation)
+    return Item(Path("a.png"), 16, 16, look(Image.new("RGB", (16, 16))), said, regularisation=regularisation)
 
 
 def variants(item: Item, run: Run, count: int = 400) -> Counter[str]:

@@ -16,7 +16,7 @@ from PIL import Image
 from sdlora import api, job, train
 from sdlora.adapter import Bank
 from sdlora.config import Folder
-from sdlora.data import reasons, scan, unzip
+from sdlora.data import ledger, reasons, scan, unzip
 from sdlora.data.batches import Prepared, micro_batch
 from sdlora.data.scan import Account
 from sdlora.errors import BAD_INPUT, UserError
@@ -188,7 +188,7 @@ def test_folders_have_repeats_weight_and_kind_of_their_own(base: Path, tmp_path:
         {"folder": str(tmp_path / "first" / "prior"), "kind": "regularisation"},
     ]
     settled = small.settled(tmp_path, base, data__folder="", data__folders=folders)
-    dataset = job.read_dataset(settled, tmp_path / "cache")
+    dataset = ledger.read_dataset(settled, tmp_path / "cache")
     account = dataset.account
     found = {account.name(item.path): (item.repeats, item.weight, item.regularisation) for item in account.used}
     assert found == {"first/a.png": (3, 0.5, False), "first/2_x/b.png": (6, 0.5, False), "prior/c.png": (1, 1.0, True)}
@@ -216,9 +216,9 @@ def test_regularisation_alone_teaches_nothing(tmp_path: Path) -> None:
         scan.scan_all([Folder(folder=str(tmp_path), kind="regularisation")], False, tmp_path)
 
 
-def drawn(folders: list[dict[str, object]], base: Path, loaded: Family, where: Path) -> tuple[job.Dataset, Prepared]:
+def drawn(folders: list[dict[str, object]], base: Path, loaded: Family, where: Path) -> tuple[ledger.Dataset, Prepared]:
     settled = small.settled(where, base, data__folder="", data__folders=folders)
-    dataset = job.fit_dataset(job.read_dataset(settled, where / "cache"), settled, loaded)
+    dataset = ledger.fit_dataset(ledger.read_dataset(settled, where / "cache"), settled, loaded)
     latents = [(torch.full((4, 8, 8), float(i)), torch.zeros(4, 8, 8)) for i in range(len(dataset.sizes))]
     return dataset, job.prepared(job.Job(settled, loaded.base, where, 0.0, dataset, ["text_encoder.x"]), loaded, latents)
 
@@ -296,8 +296,8 @@ def test_a_run_trains_on_a_zip(rate: float, base: Path, tmp_path: Path) -> None:
     for _ in range(2):  # the second time it goes on, and the folder that the ZIP left is no other file
         events = list(api.train(settled, tmp_path / "run"))
         assert events[-1].kind == "done"
-    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
-    assert [(row["file"], row["captions"]) for row in ledger["pictures"]] == [("a.png", ["mira, a cat", "mira, {red|blue} dog"])]
+    written = json.loads((tmp_path / "run" / "ledger.json").read_text())
+    assert [(row["file"], row["captions"]) for row in written["pictures"]] == [("a.png", ["mira, a cat", "mira, {red|blue} dog"])]
     text = b"".join(path.read_bytes() for path in (tmp_path / "run").glob("*.safetensors"))
     assert str(tmp_path).encode() not in text, "no path of this machine is in the pack"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from sdlora import api, devices, family, job, lookup, optim
 from sdlora.adapter import Bank
 from sdlora.config import Run, flat
-from sdlora.data import cache
+from sdlora.data import cache, ledger
 from sdlora.data.batches import Prepared, micro_batch, picture_of
 from sdlora.errors import NUMBERS, UserError
 from sdlora.objective import Noised
@@ -73,7 +73,7 @@ def cast(runs: Sequence[Run], folder: Path, dtype: torch.dtype) -> Cast:
 
 
 def job_of(run: Run, base: family.Base, loaded: family.Family, folder: Path) -> job.Job:
-    dataset = job.fit_dataset(job.read_dataset(run, folder / "cache"), run, loaded)
+    dataset = ledger.fit_dataset(ledger.read_dataset(run, folder / "cache"), run, loaded)
     return job.Job(run, base, folder, 0.0, dataset, job.sites(run, loaded))
 
 
@@ -360,9 +360,9 @@ def test_epsilon_is_the_formula() -> None:
 def test_the_ledger_counts_what_is_trained_on(pictures: Path, base: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     list(api.train(small.settled(pictures, base, train__steps=1), out))
-    ledger = json.loads((out / "ledger.json").read_text())
-    assert ledger["totals"] == {"found": 5, "used": 5, "left_out": 0}
-    assert {row["file"] for row in ledger["pictures"]} == {path.name for path in pictures.iterdir() if path.suffix != ".txt"}
+    written = json.loads((out / "ledger.json").read_text())
+    assert {key: written["totals"][key] for key in ("found", "used", "left_out")} == {"found": 5, "used": 5, "left_out": 0}
+    assert {row["file"] for row in written["pictures"]} == {path.name for path in pictures.iterdir() if path.suffix != ".txt"}
 
 
 # ---------------------------------------------------------------- every setting does something
@@ -375,7 +375,6 @@ BY_WEIGHTS: dict[str, Any] = {
     "data.ground": "black",
     "data.caption_dropout": 1.0,
     "data.prior_share": 0.9,
-    "data.prior_prompts": ["a dog"],
     "adapter.rank": 3,
     "adapter.alpha": 0.5,
     "adapter.targets": ["attention"],
@@ -399,6 +398,7 @@ BY_STRIP: dict[str, Any] = {
     "preview.guidance": 1.0,
 }
 ELSEWHERE = {  # which test shows it
+    "data.prior_prompts": "test_train: prior samples say the prompts and no caption",
     "data.folders": "test_layouts: folders have repeats, weight and kind of their own",
     "data.shuffle_tags": "test_captions: tags are mixed as is set",
     "data.keep_tokens": "test_captions: tags are mixed as is set",

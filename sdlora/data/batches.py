@@ -1,5 +1,6 @@
 """Which samples a step sees, and all their randomness: pure functions of the seed and the sample's number, so nothing needs saving."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -50,6 +51,22 @@ def picture_of(number: int, pool: Sequence[int], seed: int) -> int:
     return pool[int(stream(seed, "order", epoch).permutation(len(pool))[place])]
 
 
+def chances(seed: int, number: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    """The sample's own draws in [0, 1): its place in the schedule, then whether its caption is dropped, it is a prior sample, and which."""
+    return stream(seed, "sample", number).random(4, dtype=np.float32)
+
+
+def shown(pool: Sequence[int], seed: int, prior_share: float, samples: int) -> Counter[int]:
+    """How often each picture is seen with a caption of its own, or the empty one, in the first `samples` samples of a run."""
+    counted: Counter[int] = Counter()
+    for start in range(0, samples, len(pool)):
+        order = stream(seed, "order", start // len(pool)).permutation(len(pool))
+        for place in range(min(len(pool), samples - start)):
+            if not prior_share or chances(seed, start + place)[2] >= prior_share:
+                counted[pool[int(order[place])]] += 1
+    return counted
+
+
 def micro_batch(learners: Sequence[Prepared], numbers: range) -> Iterator[Batch]:
     """The samples of these numbers of every learner, grouped by shape."""
     samples = [(slot, number) for slot in range(len(learners)) for number in numbers]
@@ -65,7 +82,7 @@ def _draw(learner: Prepared, slot: int, number: int) -> Batch:
     picture = picture_of(number, learner.pool, seed)
     mean, std = learner.latents[picture]
     shape = tuple(mean.shape)
-    chance = stream(seed, "sample", number).random(4, dtype=np.float32)
+    chance = chances(seed, number)
     prior, empty = bool(chance[2] < learner.prior_share), chance[1] < learner.caption_dropout
     if prior:
         text = learner.text[learner.prior[int(chance[3] * len(learner.prior))]]

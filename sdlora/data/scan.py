@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sdlora.config import Folder
 from sdlora.data.layouts import Picture, understand
+from sdlora.data.looks import Look, look
 from sdlora.data.pixels import UnreadableError, decode
 from sdlora.data.unzip import is_archive, unzip
 from sdlora.data.walk import SUFFIXES, Found, shown, walk
@@ -21,6 +22,7 @@ class Item:
     path: Path
     width: int  # px, after the orientation that the camera noted is applied
     height: int
+    look: Look
     captions: tuple[str, ...]  # as they are written, one of which is said in each sample; none where nothing says one
     mask: Path | None = None  # a picture of the same shape whose black parts do not count
     repeats: int = 1  # times that an epoch shows it
@@ -128,6 +130,7 @@ def _decode(picture: Picture, folder: Folder) -> Item | LeftOut:
     return Item(
         picture.path,
         *decoded.picture.size,
+        look(decoded.picture),
         picture.captions,
         picture.mask,
         picture.repeats * folder.repeats,

@@ -54,6 +54,7 @@ class SD1(Family):
         text = self.text_encoder if nested else nn.ModuleDict({"text_model": self.text_encoder})
         self.components = {"unet": self.unet, "text_encoder": text}
         self.alphas_cumprod = self.new_scheduler().alphas_cumprod.to(device)
+        self.most_tokens = int(self.text_encoder.config.max_position_embeddings) - 2  # beside the marks of begin and end
         self.latent_channels = int(self.vae.config.latent_channels)
         self.latent_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.step_px = self.latent_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
@@ -71,16 +72,12 @@ class SD1(Family):
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         ids: Tensor = self.tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=self._length, return_tensors="pt"
+            list(captions), padding="max_length", truncation=True, max_length=self.most_tokens + 2, return_tensors="pt"
         ).input_ids
         return ids.to(self.device)
 
-    def too_long(self, captions: Sequence[str]) -> list[str]:
-        return [caption for caption in captions if len(self.tokenizer(caption).input_ids) > self._length]
-
-    @property
-    def _length(self) -> int:
-        return int(self.text_encoder.config.max_position_embeddings)
+    def spans(self, caption: str) -> list[tuple[int, int]]:
+        return [*self.tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping]
 
     def states(self, tokens: Tensor) -> Tensor:
         states: Tensor = self.text_encoder(tokens).last_hidden_state
