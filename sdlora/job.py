@@ -17,7 +17,7 @@ from torch import Tensor
 from sdlora import devices, family, lookup, pictures, safeio, score, settings, state
 from sdlora.adapter import Bank, choose_sites
 from sdlora.config import Run, flat, parse, to_toml
-from sdlora.data import cache, captions, ledger
+from sdlora.data import cache, captions, ledger, masks
 from sdlora.data.batches import Prepared
 from sdlora.data.ledger import Dataset
 from sdlora.errors import NUMBERS, UserError
@@ -192,11 +192,18 @@ def prepared(job: Job, loaded: Family, latents: list[tuple[Tensor, Tensor]]) -> 
         given(settled.data.caption_dropout),
         pool=job.dataset.pool,
         rows=[[next(numbers) for _ in said] for said in job.dataset.captions],
-        weights=[item.weight for item in items],
+        weights=loss_weights(job, loaded),
         prior=range(len(said), len(text)),
         prior_share=given(settled.data.prior_share),
         final=final if varying else None,
     )
+
+
+def loss_weights(job: Job, loaded: Family) -> list[Tensor]:
+    """Factors on each picture's squared error, from its own weight and its mask."""
+    floor, whole = job.settled.data.mask_floor, torch.ones(1, 1, 1)
+    pairs = zip(job.dataset.account.used, job.dataset.sizes, strict=True)
+    return [item.weight * (masks.weights(item.mask, size, loaded.latent_factor, floor) if item.mask else whole) for item, size in pairs]
 
 
 def given(value: T | None) -> T:

@@ -74,7 +74,7 @@ def sample_losses(family: Family, bank: Bank, batch: Batch, goal: Goal, learners
             target = target.index_copy(0, prior, said(family, noised.x[prior], noised.t[prior], text[prior]).to(target.dtype))
     bank.route = Route(torch.ones(1, device=device), slot if learners > 1 else None)
     predicted = said(family, noised.x, noised.t, text).to(target.dtype)
-    return (predicted - target).square().mean((1, 2, 3)) * noised.weight * batch.weight.to(device)
+    return ((predicted - target).square() * batch.weight.to(device)).mean((1, 2, 3)) * noised.weight
 
 
 def said(family: Family, x: Tensor, t: Tensor, text: Tensor) -> Tensor:

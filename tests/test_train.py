@@ -270,7 +270,9 @@ def tagged(count: int, seed: int = 0, dropout: float = 0.0) -> Prepared:
     """Data whose latents are the picture's number, without spread, and so are its tokens; the empty caption is -1."""
     latents = [(torch.full((1, 2, 2), float(i)), torch.zeros(1, 2, 2)) for i in range(count)]
     rows = [[i] for i in range(count)]
-    return Prepared(seed, latents, torch.tensor([*range(count), -1])[:, None], dropout, range(count), rows, [1.0] * count, [-1], 0.0)
+    return Prepared(
+        seed, latents, torch.tensor([*range(count), -1])[:, None], dropout, range(count), rows, [torch.ones(1, 1, 1)] * count, [-1], 0.0
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 7])
@@ -400,6 +402,7 @@ BY_STRIP: dict[str, Any] = {
 ELSEWHERE = {  # which test shows it
     "data.prior_prompts": "test_train: prior samples say the prompts and no caption",
     "data.folders": "test_layouts: folders have repeats, weight and kind of their own",
+    "data.mask_floor": "test_masks: what is masked hardly counts",
     "data.shuffle_tags": "test_captions: tags are mixed as is set",
     "data.keep_tokens": "test_captions: tags are mixed as is set",
     "data.tag_dropout": "test_captions: tags are dropped as often as is set",

@@ -22,7 +22,7 @@ class Prepared:
     caption_dropout: float
     pool: Sequence[int]  # the pictures of one epoch: each stands in it as often as the epoch shows it
     rows: Sequence[Sequence[int]]  # of `text`: those of each picture's captions
-    weights: Sequence[float]  # of each picture's loss
+    weights: Sequence[Tensor]  # of each picture's squared error: (1, h, w), or (1, 1, 1) for all of it alike
     prior: Sequence[int]  # rows of `text` on which the base's own prediction is the target
     prior_share: float
     final: Callable[[int, int], Tensor] | None = None  # (picture, sample's number) -> (L,) ids, where captions differ in each sample
@@ -42,7 +42,7 @@ class Batch:
     text: Tensor  # (B, L) or (B, L, D)
     slot: Tensor  # (B,) which learner each sample belongs to
     prior: Tensor  # (B,) true where the base's own prediction is the target
-    weight: Tensor  # (B,) factor on each sample's loss
+    weight: Tensor  # (B, 1, h, w) factors on the squared error
 
 
 def picture_of(number: int, pool: Sequence[int], seed: int) -> int:
@@ -94,6 +94,6 @@ def _draw(learner: Prepared, slot: int, number: int) -> Batch:
         uniform=torch.tensor(chance[0]),
         text=text,
         slot=torch.tensor(slot),
-        weight=torch.tensor(learner.weights[picture]),
+        weight=(torch.ones(1) if prior else learner.weights[picture]).expand(1, *shape[1:]),
         prior=torch.tensor(prior),
     )

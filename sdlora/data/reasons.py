@@ -69,6 +69,7 @@ LEFT_OUT: Mapping[str, str] = MappingProxyType(
         "link-loop": "It is a link that leads back to itself.",
         "folder-not-readable": "This folder cannot be listed.",
         "format-not-read": "Pictures of this format are not read; save it as PNG or JPEG.",
+        "mask-shape": "Its mask has another shape than the picture, so that nobody can say what it covers.",
         "unreadable": "It cannot be read.",
     }
 )

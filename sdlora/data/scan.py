@@ -1,10 +1,13 @@
 """Which pictures the folders of a run hold, whether each can be read, and what is said about it; every one is accounted for."""
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdlora.config import Folder
+from sdlora.data import masks
 from sdlora.data.layouts import Picture, understand
 from sdlora.data.looks import Look, look
 from sdlora.data.pixels import UnreadableError, decode
@@ -13,6 +16,7 @@ from sdlora.data.walk import SUFFIXES, Found, shown, walk
 from sdlora.errors import UserError
 
 LISTED = 20  # problems that one error names
+DECODERS = 4  # pictures decoded at once; the largest allowed takes 800 MB
 
 
 @dataclass(frozen=True)
@@ -91,15 +95,12 @@ def scan_all(folders: Sequence[Folder], skip_unreadable: bool, unpacked: Path) -
     roots = [unzip(path, unpacked) if is_archive(path) else path for path in paths]
     _refuse_twins(roots)
     layouts = [understand(root, _found(root, roots)) for root in roots]
-    used: list[Item] = []
+    pictures = [(picture, folder) for folder, layout in zip(folders, layouts, strict=True) for picture in layout.pictures]
+    with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:  # decoders and filters let other threads run
+        decoded = list(pool.map(lambda pair: _decode(*pair), pictures))
+    used = [one for one in decoded if isinstance(one, Item)]
     left_out = [LeftOut(one.path, one.notes) for layout in layouts for one in layout.lost]
-    for folder, layout in zip(folders, layouts, strict=True):
-        for picture in layout.pictures:
-            one = _decode(picture, folder)
-            if isinstance(one, Item):
-                used.append(one)
-            else:
-                left_out.append(one)
+    left_out += [one for one in decoded if isinstance(one, LeftOut)]
     strays = [LeftOut(one.path, one.notes) for layout in layouts for one in layout.strays]
     account = Account(used, left_out, strays, roots)
     problems = [problem for layout in layouts for problem in layout.problems]
@@ -125,6 +126,8 @@ def _refuse_twins(roots: Sequence[Path]) -> None:
 def _decode(picture: Picture, folder: Folder) -> Item | LeftOut:
     try:
         decoded = decode(picture.path)
+        if picture.mask:
+            masks.check(picture.mask, *decoded.picture.size)
     except UnreadableError as error:
         return LeftOut(picture.path, (error.code,), str(error))
     return Item(
