@@ -43,7 +43,7 @@ TABLE: dict[tuple[str, str], dict[str, Any]] = {
     (ANY, "tiny"): {
         "data.resolution_px": 64,
         "data.caption_dropout": 0.0,
-        "data.prior_share": 0.35,
+        "data.prior_share": 0.4,
         "data.prior_prompts": [f"{name}, {ground} background" for name, ground in zip(NAMES, GROUNDS * 4, strict=True)],
         "adapter.rank": 16,
         "adapter.targets": ["all-linear", "text-encoder"],
@@ -54,7 +54,7 @@ TABLE: dict[tuple[str, str], dict[str, Any]] = {
         "train.warmup_steps": 20,
         "train.save_every": 100,
         "train.precision": "fp32",
-        "preview.guidance": 4.0,
+        "preview.guidance": 3.0,
     },
 }
 

@@ -207,7 +207,7 @@ def test_what_cannot_be_drawn_is_refused(studio: Studio, code: str, size: str, r
 
 def test_what_is_left_open_is_the_bases_own(studio: Studio) -> None:
     recipe = studio.recipe("a cat")
-    assert (recipe.width, recipe.height, recipe.guidance) == (32, 32, 4.0)
+    assert (recipe.width, recipe.height, recipe.guidance) == (32, 32, 3.0)
     assert parse_size("640X512") == (640, 512)
 
 

@@ -51,7 +51,7 @@ class Page:
             size = gr.Dropdown([], value=None, label="Size", elem_id="size", min_width=170)
         with gr.Row():
             steps = gr.Slider(1, 100, 25, step=1, label="Steps", elem_id="steps", min_width=150)
-            guidance = gr.Slider(0, 20, 4, step=0.5, label="Guidance", elem_id="guidance", min_width=150)
+            guidance = gr.Slider(0, 20, 3, step=0.5, label="Guidance", elem_id="guidance", min_width=150)
         scale = gr.Slider(
             *SCALES, 1, step=0.05, label="Scale of the pack", info="0 is the base, 1 is what was trained", elem_id="scale", interactive=True
         )

@@ -26,8 +26,9 @@ def page(title: str, ledger: Mapping[str, Any], items: Iterable[tuple[str, Item]
     """HTML; `items` are the used pictures under the names that the ledger gives them."""
     by_name = dict(items)
     totals = ledger["totals"]
-    summary = ", ".join(
-        f"{totals[key]} {key.replace('_', ' ')}" for key in ("found", "used", "of_these_fixed", "of_these_warned", "left_out")
+    summary = (
+        f"{totals['found']} found, {totals['used']} used ({totals['of_these_fixed']} of them put right, {totals['of_these_warned']} with "
+        f"warnings), {totals['left_out']} left out"
     )
     found = [
         f"{one['code']}: {one['detail']} ({', '.join(one['files'][:6]) or 'all'}). {doctor.REASONS[one['code']]}"
