@@ -129,7 +129,7 @@ def test_a_picture_carries_its_recipe(adapted: Studio, tmp_path: Path) -> None:
     lines = texts["parameters"].splitlines()
     assert lines[0] == 'a "cat", ümläut · 猫 <lora:mira:0.75>'
     assert lines[1] == "Negative prompt: dog"
-    assert all(part in lines[2] for part in ("Steps: 2", "Seed: 3", "Size: 32x32", "CFG scale: 4"))
+    assert all(part in lines[2] for part in ("Steps: 2", "Seed: 3", "Size: 32x32", "CFG scale: 3"))
 
 
 def test_a_picture_is_a_png_or_nothing(adapted: Studio, tmp_path: Path) -> None:
