@@ -166,10 +166,11 @@ def resolve(run: Run, row: str) -> Run:
             table[part][field] = value
     trigger = run.trigger or run.name
     table["trigger"] = trigger
-    for prompt in table["data"]["prior_prompts"] or ():
+    for prompt in run.data.prior_prompts or ():
         if names_trigger(prompt, trigger):
             what = f'"{prompt}" names the trigger "{trigger}", and the base is to be kept on prompts that do not'
             raise UserError("E-CONF-06", what, "data.prior_prompts", "take it out, or word it without the trigger")
+    table["data"]["prior_prompts"] = [prompt for prompt in table["data"]["prior_prompts"] if not names_trigger(prompt, trigger)]
     called = [trigger, f"{trigger}, blue background", f"{trigger}, green background"]
     spoken = called if run.kind == "character" else [f"{thing}, {trigger} style" for thing in ("cat face", "house", "apple")]
     table["preview"]["prompts"] = [prompt.replace("[trigger]", trigger) for prompt in run.preview.prompts] or spoken

@@ -261,6 +261,8 @@ def test_a_prior_prompt_that_names_the_trigger_is_refused(squares: Path, base: P
     with pytest.raises(UserError, match="names the trigger"):
         small.settled(squares, base, name="mira", data__prior_prompts=["a dog", "a portrait of Mira"])
     small.settled(squares, base, name="mira", data__prior_prompts=["a miracle"])
+    usual = {name: small.settled(squares, base, name=name).data.prior_prompts or [] for name in ("mira", "Lemon")}
+    assert set(usual["mira"]) - set(usual["Lemon"]) == {"lemon, white background"}, "the defaults give way"
 
 
 # ---------------------------------------------------------------- samples
