@@ -44,6 +44,8 @@ class Data(Settings):
     stays what it is there."""
     prior_prompts: list[str] | None = None
     """Prompts of those samples; an empty one is always among them."""
+    flip: bool = False
+    """Show each picture mirrored in half of its samples; not for what has a left and a right, as writing or a parting."""
     mask_floor: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Weight of the loss where a picture's mask is black; where it is white it is 1. Without a mask all counts alike."""
     shuffle_tags: bool = False

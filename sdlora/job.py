@@ -5,7 +5,7 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -30,6 +30,8 @@ from sdlora.studio import Studio
 from sdlora.train import Goal, Learner, Trained, steps
 
 T = TypeVar("T")
+Latents = Sequence[tuple[Tensor, Tensor]]
+"""Mean and standard deviation (C, h, w) of each picture's."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,11 @@ def _train(job: Job, loaded: Family, accelerator: Accelerator, notes: list[str])
     safeio.write(job.out / "ledger.json", json.dumps(ledger.ledger(dataset, settled, loaded, found), indent=1))
     for finding in (one for one in found if one.severity == "warn"):
         yield Event("warning", ledger.said(finding))
-    latents = cache.latents(dataset.account.used, dataset.sizes, settled.data.ground, loaded, job.out / "cache")
+    wanted = (dataset.account.used, dataset.sizes, settled.data.ground, loaded, job.out / "cache")
+    latents = cache.latents(*wanted)
+    flipped = cache.latents(*wanted, flip=True) if settled.data.flip else []
     bank = Bank(loaded.components)
-    learner = new_learner(job, loaded, bank, latents, accelerator)
+    learner = new_learner(job, loaded, bank, accelerator, latents, flipped)
     yield Event("note", adapted(bank, settled.name, loaded))
     first, damaged = state.restore(job.out, [learner])
     for path in damaged:
@@ -159,12 +163,12 @@ def sites(settled: Run, loaded: Family) -> list[str]:
     return names
 
 
-def new_learner(job: Job, loaded: Family, bank: Bank, latents: list[tuple[Tensor, Tensor]], accelerator: Accelerator) -> Learner:
+def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, latents: Latents, flipped: Latents = ()) -> Learner:
     """Put a fresh adapter on the bank, with its data and optimizer."""
     settled, train = job.settled, job.settled.train
     kind = lookup.find("adapters", settled.adapter.model_dump()["kind"])
     bank.add(settled.name, kind, settled.adapter, job.names, lambda dotted: stream(settled.seed, f"init/{dotted}"))
-    data = prepared(job, loaded, latents)
+    data = prepared(job, loaded, latents, flipped)
     groups = [
         (bank.parameters(settled.name, "unet."), given(train.lr)),
         (bank.parameters(settled.name, "text_encoder."), given(train.text_encoder_lr)),
@@ -172,7 +176,7 @@ def new_learner(job: Job, loaded: Family, bank: Bank, latents: list[tuple[Tensor
     return Learner(settled.name, data, bank.parameters(settled.name), accelerator.prepare(adamw(groups, train)))
 
 
-def prepared(job: Job, loaded: Family, latents: list[tuple[Tensor, Tensor]]) -> Prepared:
+def prepared(job: Job, loaded: Family, latents: Latents, flipped: Latents = ()) -> Prepared:
     """The pictures and captions of a run as its training draws from them."""
     settled, items, numbers = job.settled, job.dataset.account.used, itertools.count()
     said, kept = [*itertools.chain.from_iterable(job.dataset.captions)], given(settled.data.prior_prompts)
@@ -196,6 +200,7 @@ def prepared(job: Job, loaded: Family, latents: list[tuple[Tensor, Tensor]]) -> 
         prior=range(len(said), len(text)),
         prior_share=given(settled.data.prior_share),
         final=final if varying else None,
+        flipped=flipped,
     )
 
 
@@ -221,7 +226,7 @@ def adapted(bank: Bank, name: str, loaded: Family) -> str:
     return f"{len(list(bank.deltas(name)))} layers adapted, {ours:,} parameters trained, {ours / whole:.2%} of {whole:,}, {where}"
 
 
-def _finish(job: Job, tensors: dict[str, Tensor], latents: list[tuple[Tensor, Tensor]]) -> Iterator[Event]:
+def _finish(job: Job, tensors: dict[str, Tensor], latents: Latents) -> Iterator[Event]:
     """Look at what was learnt with the very weights of the pack, then write the pack."""
     settled, look = job.settled, job.settled.preview
     studio = Studio.open(job.base)
@@ -251,9 +256,7 @@ def preview_recipe(studio: Studio, settled: Run, prompt: str, name: str, scale: 
     return studio.recipe(prompt, size, look.guidance, seed=look.seed, steps=look.steps, scales=((name, scale),))
 
 
-def likeness(
-    studio: Studio, settled: Run, name: str, dataset: Dataset, latents: list[tuple[Tensor, Tensor]], most: int = 8
-) -> dict[str, Any]:
+def likeness(studio: Studio, settled: Run, name: str, dataset: Dataset, latents: Latents, most: int = 8) -> dict[str, Any]:
     """Distance from pictures generated of training captions to the training pictures, at scale 0 and 1, over the commonest size."""
     items = dataset.account.used
     shown = [i for i, item in enumerate(items) if not item.regularisation]

@@ -1,5 +1,6 @@
 """Laws of the loop: who trains beside others ends as if alone, sums do not depend on their split, nothing not finite moves a weight."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,9 @@ from torch import Tensor
 from sdlora import api, devices, family, job, lookup, optim
 from sdlora.adapter import Bank
 from sdlora.config import Run, flat
-from sdlora.data import cache, ledger
+from sdlora.data import buckets, cache, ledger
 from sdlora.data.batches import Prepared, micro_batch, picture_of
+from sdlora.data.pixels import read_picture
 from sdlora.errors import NUMBERS, UserError
 from sdlora.objective import Noised
 from sdlora.objectives import epsilon
@@ -66,7 +68,7 @@ def cast(runs: Sequence[Run], folder: Path, dtype: torch.dtype) -> Cast:
     for one in [job_of(run, base, loaded, folder) for run in runs]:
         found = cache.latents(one.dataset.account.used, one.dataset.sizes, "white", loaded, folder / "cache")
         latents = [(mean.to(dtype), std.to(dtype)) for mean, std in found]
-        learners.append(job.new_learner(one, loaded, bank, latents, accelerator))
+        learners.append(job.new_learner(one, loaded, bank, accelerator, latents))
         for _, _, delta in bank.deltas(one.settled.name):
             delta.to(dtype)
     return Cast(loaded, bank, learners, accelerator, runs[0])
@@ -213,6 +215,28 @@ def test_a_rate_of_zero_leaves_the_text_encoder_alone(pictures: Path, base: Path
     learner = cast([run], tmp_path, torch.float32).learners[0]
     assert learner.data.text.is_floating_point(), "its states are computed once"
     assert not any(name.startswith("text_encoder") for name in learner.params)
+
+
+def test_half_of_the_samples_are_mirrored_each_with_its_mask() -> None:
+    plain = tagged(3)
+    mask = torch.tensor([[[1.5, 0.5], [1.5, 0.5]]])
+    data = dataclasses.replace(plain, flipped=[(mean + 100, std) for mean, std in plain.latents], weights=[mask] * 3)
+    (batch,) = micro_batch([data], range(300))
+    mirrored = batch.latents[:, 0, 0, 0] >= 100
+    assert 0.4 < mirrored.float().mean() < 0.6
+    assert (batch.latents[:, 0, 0, 0] % 100).tolist() == batch.text[:, 0].tolist(), "the caption is the picture's own"
+    assert torch.equal(batch.weight[mirrored], mask.flip(2).expand(int(mirrored.sum()), 1, 2, 2))
+    assert torch.equal(batch.weight[~mirrored], mask.expand(int((~mirrored).sum()), 1, 2, 2))
+
+
+def test_mirror_images_are_encoded_as_pictures_of_their_own(squares: Path, base: Path, tmp_path: Path) -> None:
+    loaded = family.load(family.find(str(base)), torch.device("cpu"), torch.float32)
+    dataset = job_of(small.settled(squares, base), loaded.base, loaded, tmp_path).dataset
+    asked = (dataset.account.used, dataset.sizes, "white", loaded, tmp_path / "cache")
+    plain, flipped = cache.latents(*asked), cache.latents(*asked, flip=True)
+    seen = buckets.fit(read_picture(dataset.account.used[0].path), dataset.sizes[0]).flip(2)
+    assert torch.equal(flipped[0][0], loaded.encode(seen[None])[0][0])
+    assert not torch.allclose(flipped[0][0], plain[0][0].flip(2), atol=1e-3), "the control: which is more than mirrored latents"
 
 
 # ---------------------------------------------------------------- what the base keeps
@@ -379,6 +403,7 @@ BY_WEIGHTS: dict[str, Any] = {
     "data.ground": "black",
     "data.caption_dropout": 1.0,
     "data.prior_share": 0.9,
+    "data.flip": True,
     "adapter.rank": 3,
     "adapter.alpha": 0.5,
     "adapter.targets": ["attention"],

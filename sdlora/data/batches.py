@@ -25,6 +25,7 @@ class Prepared:
     weights: Sequence[Tensor]  # of each picture's squared error: (1, h, w), or (1, 1, 1) for all of it alike
     prior: Sequence[int]  # rows of `text` on which the base's own prediction is the target
     prior_share: float
+    flipped: Sequence[tuple[Tensor, Tensor]] = ()  # latents of each picture's mirror image, if those are shown too
     final: Callable[[int, int], Tensor] | None = None  # (picture, sample's number) -> (L,) ids, where captions differ in each sample
 
     def said(self, picture: int, number: int) -> Tensor:
@@ -52,8 +53,9 @@ def picture_of(number: int, pool: Sequence[int], seed: int) -> int:
 
 
 def chances(seed: int, number: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    """The sample's own draws in [0, 1): its place in the schedule, then whether its caption is dropped, it is a prior sample, and which."""
-    return stream(seed, "sample", number).random(4, dtype=np.float32)
+    """The sample's own draws in [0, 1): its place in the schedule, then whether its caption is dropped, it is a prior sample, which,
+    and whether its picture is mirrored."""
+    return stream(seed, "sample", number).random(5, dtype=np.float32)
 
 
 def shown(pool: Sequence[int], seed: int, prior_share: float, samples: int) -> Counter[int]:
@@ -80,20 +82,22 @@ def _draw(learner: Prepared, slot: int, number: int) -> Batch:
     """One sample: a batch without its first axis."""
     seed = learner.seed
     picture = picture_of(number, learner.pool, seed)
-    mean, std = learner.latents[picture]
-    shape = tuple(mean.shape)
     chance = chances(seed, number)
+    flip = bool(learner.flipped) and bool(chance[4] < 0.5)
+    mean, std = (learner.flipped if flip else learner.latents)[picture]
+    shape = tuple(mean.shape)
     prior, empty = bool(chance[2] < learner.prior_share), chance[1] < learner.caption_dropout
     if prior:
         text = learner.text[learner.prior[int(chance[3] * len(learner.prior))]]
     else:
         text = learner.text[-1] if empty else learner.said(picture, number)
+    weight = torch.ones(1, 1, 1) if prior else learner.weights[picture]
     return Batch(
         latents=mean + std * normal(shape, seed, "posterior", number),
         noise=normal(shape, seed, "noise", number),
         uniform=torch.tensor(chance[0]),
         text=text,
         slot=torch.tensor(slot),
-        weight=(torch.ones(1) if prior else learner.weights[picture]).expand(1, *shape[1:]),
+        weight=(weight.flip(2) if flip else weight).expand(1, *shape[1:]),
         prior=torch.tensor(prior),
     )

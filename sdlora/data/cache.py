@@ -16,12 +16,15 @@ from sdlora.data.scan import Item
 from sdlora.family import Family
 
 
-def latents(items: Sequence[Item], sizes: Sequence[buckets.Size], ground: str, family: Family, folder: Path) -> list[tuple[Tensor, Tensor]]:
-    """Mean and standard deviation (C, h, w) of each picture's latents at its size, float32, on the CPU."""
+def latents(
+    items: Sequence[Item], sizes: Sequence[buckets.Size], ground: str, family: Family, folder: Path, flip: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """Mean and standard deviation (C, h, w) of each picture's latents at its size, or of its mirror image's, float32, on the CPU."""
     fingerprint = family.base.fingerprint("vae")
     found = []
     for item, size in zip(items, sizes, strict=True):
         pixels = buckets.fit(read_picture(item.path, ground), size)
+        pixels = pixels.flip(2) if flip else pixels  # an encoder's latents of a mirror image are not its latents mirrored
         path = folder / f"{key(pixels, fingerprint)}.safetensors"
         entry = _read(path)
         if entry is None:
