@@ -47,7 +47,7 @@ TABLE: dict[tuple[str, str], dict[str, Any]] = {
         "data.prior_prompts": [f"{name}, {ground} background" for name, ground in zip(NAMES, GROUNDS * 4, strict=True)],
         "adapter.rank": 16,
         "adapter.targets": ["all-linear", "text-encoder"],
-        "train.steps": 260,
+        "train.steps": 250,
         "train.batch_size": 16,
         "train.lr": 1.5e-3,
         "train.text_encoder_lr": 5e-4,
