@@ -232,6 +232,6 @@ def test_no_file_names_a_registry() -> None:
 
 
 def test_an_address_would_be_found() -> None:
-    assert addresses("constraints.txt", "--index-url https://pypi" + ".org/simple")
+    assert addresses("constraints.txt", "--index" + "-url https://pypi" + ".org/simple")
     assert addresses("sdlora/family.py", "https://huggingface" + ".co/x")
     assert not addresses("README.md", "https://huggingface" + ".co/x")
