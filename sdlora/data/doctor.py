@@ -21,7 +21,6 @@ REASONS = {
     "near-duplicate": "The pictures differ only in size, compression, brightness or a slight crop, so this one counts more; keep the best.",
     "same-ground": "Nearly all pictures have one background, which is learnt as part of the subject; vary it, or name it in the captions.",
     "same-framing": "Nearly all pictures show their subject at one place and size, and so will every result; add other framings.",
-    "caption-empty": "Nothing is said of the picture, so all it shows is put down to the trigger; write what should not be part of it.",
     "captions-identical": "Many pictures share one caption, so what sets them apart cannot be told apart by words; describe each.",
     "caption-too-long": "The text encoder reads only the beginning; shorten the caption, or move what matters to its front.",
     "trigger-is-a-word": "The base already knows the trigger as one common word, which blends with what you teach; invent a name.",
@@ -108,10 +107,11 @@ def of_set(looks: Mapping[str, Look]) -> Iterator[Finding]:
 def of_captions(
     captions: Mapping[str, Sequence[str]], spans: Callable[[str], Sequence[tuple[int, int]]], most_tokens: int
 ) -> Iterator[Finding]:
-    """`captions` goes by file; `spans` gives where in a caption each of its tokens begins and ends; `most_tokens` are read."""
+    """`captions` goes by file; `spans` gives where in a caption each of its tokens begins and ends; `most_tokens` are read.
+
+    That a caption says nothing is the scan's to note, with the picture.
+    """
     for file, texts in captions.items():
-        if not any(text.strip() for text in texts):
-            yield Finding("caption-empty", (file,), "no caption" if not texts else "an empty caption", "note")
         for text in texts:
             tokens = spans(text)
             if len(tokens) > most_tokens:

@@ -51,7 +51,7 @@ def findings(dataset: Dataset, run: Run, family: Family) -> list[doctor.Finding]
     said = {name: [captions.longest(one) for one in texts] for name, texts, has in zip(names, dataset.captions, own, strict=True) if has}
     found = [
         *doctor.examine({name: item.look for name, item in zip(names, account.used, strict=True)}, run.data.resolution_px),
-        *(one for one in doctor.of_captions(said, family.spans, family.most_tokens) if one.code != "caption-empty"),  # the scan's own
+        *doctor.of_captions(said, family.spans, family.most_tokens),
         *doctor.of_trigger(run.trigger, lambda word: len(family.spans(word))),
     ]
     return sorted(found, key=lambda one: one.severity == "note")
