@@ -1,32 +1,19 @@
 """The command line: a handful of verbs over `sdlora.api`; no setting has a flag of its own."""
 
 import json
-import os
 import shlex
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from sdlora.errors import OUR_BUG, UserError
+from sdlora.errors import UserError
+from sdlora.terminal import console, progress, say, show, shown_errors
+from sdlora.verbs import data
 
 if TYPE_CHECKING:  # torch takes seconds to import: `sdlora --help` must not
-    from sdlora.api import Event, Run, Studio
+    from sdlora.api import Run, Studio
 
 app = typer.Typer(
     add_completion=False,
@@ -34,8 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Teach Stable Diffusion a character or a style, and see it work.",
 )
-data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after a folder of pictures.")
-app.add_typer(data, name="data")
+app.add_typer(data.app, name="data")
 TINY = (
     "tiny, the embedded base, draws 64 px icons, to show that all works. For real pictures name a Stable Diffusion 1.x model with --base."
 )
@@ -179,25 +165,6 @@ def config(
         typer.echo(api.settings_text(api.settle(api.read_settings(file, set_ or []), file)), nl=False)
 
 
-@data.command()
-def edit(
-    folder: Annotated[Path, typer.Argument(help="folder with the pictures", metavar="DIR")],
-    find: Annotated[str, typer.Option(help="text to replace wherever it stands")] = "",
-    replace: Annotated[str, typer.Option(help="text to put there")] = "",
-    remove: Annotated[str, typer.Option(help="tag to take out")] = "",
-    add: Annotated[str, typer.Option(help="tag to put at the end")] = "",
-    write: Annotated[bool, typer.Option("--write", help="make the changes instead of showing them")] = False,
-) -> None:
-    """Change the captions of a folder; without --write it only shows what would change."""
-    with shown_errors():
-        from sdlora import api
-
-        changes = api.edit_captions(folder, api.Edit(find, replace, remove, add), write)
-        for path, before, after in changes:
-            say(f"{path}\n- {before.strip()}\n+ {after.strip()}")
-        say(f"{len(changes)} caption files {'changed' if write else 'would change; --write does it'}")
-
-
 def follow(settled: "Run", out: Path) -> None:
     """Train with a progress bar, then say where things lie and what to type next."""
     from sdlora import api
@@ -206,20 +173,11 @@ def follow(settled: "Run", out: Path) -> None:
     if tiny:
         say(TINY)
     pack = ""
-    columns: list[str | ProgressColumn] = [
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    ]
     try:
-        with Progress(*columns, console=console()) as progress:
-            bar = progress.add_task("training", total=settled.train.steps, figures="", visible=False)
+        with progress(console()) as shown:
+            bar = shown.add_task("training", total=settled.train.steps, figures="", visible=False)
             for event in api.train(settled, out):
-                pack = show(event, progress, bar) or pack
+                pack = show(event, shown, bar) or pack
     except KeyboardInterrupt:
         say(f"stopped. Go on from the last checkpoint with: sdlora resume {out}")
         raise typer.Exit(130) from None
@@ -243,21 +201,6 @@ def follow(settled: "Run", out: Path) -> None:
     say(f"  or: {shlex.join(['sdlora', 'ui', '--data-root', str(out)])}    (move the scale with a slider)")
     if tiny:
         say(TINY)
-
-
-def show(event: "Event", progress: Progress, bar: TaskID) -> str:
-    """Put one event on the screen; returns the pack's path when it is there."""
-    if event.kind == "step" and event.loss is not None:
-        task = progress.tasks[bar]
-        speed = f"{task.speed:.1f} steps/s" if task.speed else ""
-        before = task.fields.get("smooth", event.loss)
-        smooth = 0.95 * before + 0.05 * event.loss
-        progress.update(task.id, completed=event.step, visible=True, figures=f"loss {smooth:.4f}  {speed}", smooth=smooth)
-    elif event.kind in ("note", "warning"):
-        progress.console.print(("warning: " if event.kind == "warning" else "") + event.text, highlight=False, markup=False, soft_wrap=True)
-        if event.step:
-            progress.update(bar, completed=event.step)
-    return event.text if event.kind == "done" else ""
 
 
 def opened(packs: list[str], base: str, scale: str) -> "tuple[Studio, tuple[tuple[str, float], ...]]":
@@ -307,31 +250,6 @@ def warn_of_cuts(studio: "Studio", prompts: list[str]) -> None:
 def advise_on_tiny(base: str) -> None:
     if base == "tiny":
         say(TINY)
-
-
-def say(text: str, error: bool = False) -> None:
-    console(error).print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def console(error: bool = False) -> Console:
-    return Console(stderr=error)
-
-
-@contextmanager
-def shown_errors() -> Iterator[None]:
-    """User errors as one line and their exit code; anything else is our own bug, with its traceback."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    try:
-        yield
-    except UserError as error:
-        say(f"error: {error}", error=True)
-        raise typer.Exit(error.exit_code) from None
-    except (KeyboardInterrupt, typer.Exit):
-        raise
-    except Exception:
-        traceback.print_exc()
-        say("error: E-BUG · this is a bug of sdlora, not of yours · please report the lines above", error=True)
-        raise typer.Exit(OUR_BUG) from None
 
 
 def main() -> None:
