@@ -16,11 +16,12 @@ from sdlora.config import Run
 from sdlora.data import edits, ledger, page
 from sdlora.data.edits import Edit
 from sdlora.errors import UserError
+from sdlora.events import Event
 from sdlora.generate import Recipe
-from sdlora.job import Event
 from sdlora.packs import file
 from sdlora.packs.file import Pack
 from sdlora.settings import override
+from sdlora.stop import Stop
 from sdlora.studio import Studio, parse_pack, parse_scale
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Pack",
     "Recipe",
     "Run",
+    "Stop",
     "Studio",
     "UserError",
     "check",
@@ -68,9 +70,12 @@ def settle(table: dict[str, Any], source: object = "") -> Run:
     return config.resolve(config.parse(_lasting(run)), row)
 
 
-def train(run: Run, out: Path) -> Iterator[Event]:
-    """Train a settled run into a folder, or go on with it. The pack is `out/NAME.safetensors` when `done` comes."""
-    return job.run(run, family.find(run.base), out)
+def train(run: Run, out: Path, stop: Stop | None = None) -> Iterator[Event]:
+    """Train a settled run into a folder, or go on with it. The pack is `out/NAME.safetensors` when `done` comes.
+
+    A run is stopped by setting `stop.stop`, or by a file called `stop` in its folder: it saves, and `stopped` is its last event.
+    """
+    return job.run(run, family.find(run.base), out, stop)
 
 
 def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:

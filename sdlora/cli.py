@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -57,14 +58,14 @@ def train(
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")]) -> None:
-    """Go on with a run from its last checkpoint."""
+def resume(run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")], set_: Set = None) -> None:
+    """Go on with a run from its last checkpoint; a setting changed by --set is said."""
     with shown_errors():
         from sdlora import api
 
         if not (run / "config.toml").is_file():
             raise UserError("E-RUN-04", "no run lies here: there is no config.toml", run, "name the folder that `sdlora train` wrote")
-        follow(api.settle(api.read_settings(run / "config.toml", []), run / "config.toml"), run)
+        follow(api.settle(api.read_settings(run / "config.toml", set_ or []), run / "config.toml"), run)
 
 
 @app.command()
@@ -169,18 +170,21 @@ def follow(settled: "Run", out: Path) -> None:
     """Train with a progress bar, then say where things lie and what to type next."""
     from sdlora import api
 
-    tiny = settled.base == "tiny"
+    tiny, again = settled.base == "tiny", shlex.join(["sdlora", "resume", str(out)])
     if tiny:
         say(TINY)
-    pack = ""
+    pack, stop = "", api.Stop()
     try:
-        with progress(console()) as shown:
+        with stop.on_signals(), progress(console()) as shown:
             bar = shown.add_task("training", total=settled.train.steps, figures="", visible=False)
-            for event in api.train(settled, out):
+            for event in api.train(settled, out, stop):
                 pack = show(event, shown, bar) or pack
-    except KeyboardInterrupt:
-        say(f"stopped. Go on from the last checkpoint with: sdlora resume {out}")
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as interrupted:
+        say(f"stopped at once. Go on from the last checkpoint with: {again}")
+        raise typer.Exit(getattr(interrupted, "exit_code", 130)) from None
+    if not pack:
+        say(f"stopped, and saved. Go on with: {again}")
+        raise typer.Exit(128 + (stop.signum or signal.SIGINT))
     say(f"pack: {pack}")
     if settled.preview.scales:
         say(f"look: {out / 'strip.png'}")

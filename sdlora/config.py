@@ -22,8 +22,9 @@ class Folder(Settings):
     """Times that an epoch shows each of its pictures."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Factor on the loss of its pictures."""
-    kind: Literal["subject", "regularisation"] = "subject"
-    """What its pictures show: what is learnt, or what is to stay as it is, and then the trigger is not added to their captions."""
+    kind: Literal["subject", "regularisation", "validation"] = "subject"
+    """What its pictures are for: to be learnt; to stay as they are, and then the trigger is not added to their captions; or never to be
+    trained on, to measure by."""
 
 
 class Data(Settings):
@@ -96,6 +97,21 @@ class Train(Settings):
     """Newest checkpoints that are kept."""
     log_every: Count = 10
     """Steps between two readings of the loss; each reading waits for the device."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of a moving average of the weights, which the pack then holds; 0: none is kept."""
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    """When a loss or gradient is not finite, that step moves nothing and the cause is looked for. skip: a picture that is the cause is
+    left out from then on, and a lapse of half precision is passed over; stop: the run ends there. Weights that diverge always end it."""
+
+
+class Validation(Settings):
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the pictures that is never trained on, so that the loss can be measured on them; besides, a folder of `data.folders`
+    may be of the kind `validation`."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Validations without a new lowest loss after which training ends; 0: it never ends early. One comes with every `train.save_every`."""
+    pack: Literal["last", "best"] = "last"
+    """Weights that the pack holds: the last ones, or those of the lowest validation loss."""
 
 
 class Preview(Settings):
@@ -109,6 +125,8 @@ class Preview(Settings):
     """Denoising steps of the strip."""
     guidance: Annotated[float, Field(ge=0, le=100)] | None = None
     """Classifier-free guidance of the strip."""
+    every: Annotated[int, Field(ge=0)] | None = None
+    """Steps between previews of the same prompts during training, at scale 1; 0: none."""
 
 
 class Run(Settings):
@@ -128,6 +146,7 @@ class Run(Settings):
     objective: SerializeAsAny[Settings] = Settings()
     """The objective's kind and that kind's own settings."""
     train: Train = Train()
+    validation: Validation = Validation()
     preview: Preview = Preview()
 
     @field_validator("name", "trigger")

@@ -1,48 +1,43 @@
 """One run from a folder of pictures to a finished pack: everything around the loop, told as events."""
 
-import dataclasses
+import importlib.metadata
 import itertools
 import json
+import platform
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdlora import devices, family, lookup, pictures, safeio, score, settings, state
+from sdlora import devices, family, lock, lookup, pictures, preview, safeio, settings, state
 from sdlora.adapter import Bank, choose_sites
 from sdlora.config import Run, flat, parse, to_toml
+from sdlora.course import Course
 from sdlora.data import cache, captions, ledger, masks
 from sdlora.data.batches import Prepared
 from sdlora.data.ledger import Dataset
-from sdlora.errors import NUMBERS, UserError
+from sdlora.errors import UserError
+from sdlora.events import Event, Log, patiently
 from sdlora.family import Base, Family
-from sdlora.generate import Recipe
 from sdlora.optim import adamw
 from sdlora.packs import file, metadata
 from sdlora.randomness import stream
+from sdlora.stop import Stop
 from sdlora.studio import Studio
-from sdlora.train import Goal, Learner, Trained, steps
+from sdlora.train import Goal, Learner, Setup
+from sdlora.validation import HeldOut
 
 T = TypeVar("T")
 Latents = Sequence[tuple[Tensor, Tensor]]
 """Mean and standard deviation (C, h, w) of each picture's."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a run tells whoever iterates over it; also a line of `events.jsonl`."""
-
-    kind: Literal["note", "warning", "step", "checkpoint", "done"]
-    text: str = ""
-    step: int = 0
-    loss: float | None = None
-    data: dict[str, Any] = field(default_factory=dict)
+RECORDED = ("sdlora", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -57,19 +52,25 @@ class Job:
     names: list[str]  # of the layers that are adapted
 
 
-def run(settled: Run, base: Base, out: Path) -> Iterator[Event]:
+def run(settled: Run, base: Base, out: Path, stop: Stop | None = None) -> Iterator[Event]:
     """Train a resolved run into a folder, going on from its last checkpoint if it has one. Every event is also in its log."""
     began = time.time()
     accelerator, dtype = devices.for_training(given(settled.train.precision))
-    differs = check_folder(settled, out)
-    found = ledger.read_dataset(settled, out / "cache")
-    loaded = family.load(base, accelerator.device, dtype)
-    job = Job(settled, base, out, began, ledger.fit_dataset(found, settled, loaded), sites(settled, loaded))
-    prepare_folder(settled, out)
-    for event in _train(job, loaded, accelerator, differs):
-        record = {"time": round(time.time(), 3)} | {k: v for k, v in dataclasses.asdict(event).items() if v not in ("", None, {})}
-        safeio.append_line(out / "events.jsonl", json.dumps(record))
-        yield event
+    check_folder(settled, out)
+    with lock.held(out) as unlocked:
+        notes = check_folder(settled, out)
+        found = ledger.read_dataset(settled, out / "cache")
+        loaded = family.load(base, accelerator.device, dtype)
+        job = Job(settled, base, out, began, ledger.fit_dataset(found, settled, loaded), sites(settled, loaded))
+        prepare_folder(settled, out, accelerator.device)
+        log = Log(out / "events.jsonl")
+        try:
+            for event in _train(job, loaded, accelerator, [*notes, *[unlocked] * bool(unlocked)], stop or Stop()):
+                log.add(event)
+                yield event
+        except UserError as error:
+            log.add(Event("failed", str(error)))
+            raise
 
 
 def check_folder(settled: Run, out: Path) -> list[str]:
@@ -78,7 +79,8 @@ def check_folder(settled: Run, out: Path) -> list[str]:
     if out.exists() and not out.is_dir():
         raise UserError("E-RUN-01", "this is a file; a run needs a folder of its own", out, "name a folder with --out")
     if not path.is_file():
-        if out.is_dir() and any(other.name != "cache" for other in out.iterdir()):  # a ZIP is unpacked there before the run begins
+        own = ("cache", lock.NAME)  # a ZIP is unpacked there before the run begins
+        if out.is_dir() and any(other.name not in own for other in out.iterdir()):
             raise UserError("E-RUN-03", "this folder holds other files, and no run", out, "name a new or empty folder with --out")
         return []
     before = dict(flat(parse(settings.read(path), path)))
@@ -92,15 +94,17 @@ def check_folder(settled: Run, out: Path) -> list[str]:
     return [f"{key} changes from {old!r} to {new!r}" for key, (old, new) in changed.items()]
 
 
-def prepare_folder(settled: Run, out: Path) -> None:
+def prepare_folder(settled: Run, out: Path, device: torch.device) -> None:
     """Make the run folder, or take up the one that is there."""
     safeio.write(out / "config.toml", to_toml(settled))
-    safeio.sweep(out)
-    safeio.sweep(out / "checkpoints")
-    safeio.sweep(out / "cache")
+    versions = {name: importlib.metadata.version(name) for name in RECORDED}
+    system = {"python": platform.python_version(), "system": platform.platform(), **versions, **state.machine(device)}
+    safeio.write(out / "environment.json", json.dumps(system, indent=1))
+    for folder in (out, out / "checkpoints", out / "cache", out / "previews"):
+        safeio.sweep(folder)
 
 
-def _train(job: Job, loaded: Family, accelerator: Accelerator, notes: list[str]) -> Iterator[Event]:
+def _train(job: Job, loaded: Family, accelerator: Accelerator, notes: list[str], stop: Stop) -> Iterator[Event]:
     settled, dataset = job.settled, job.dataset
     for note in [*notes, dataset.account.line()]:
         yield Event("note", note)
@@ -114,43 +118,50 @@ def _train(job: Job, loaded: Family, accelerator: Accelerator, notes: list[str])
     bank = Bank(loaded.components)
     learner = new_learner(job, loaded, bank, accelerator, latents, flipped)
     yield Event("note", adapted(bank, settled.name, loaded))
-    first, damaged = state.restore(job.out, [learner])
-    for path in damaged:
-        yield Event("warning", f"{path.name} is damaged and was passed over")
-    if first:
-        yield Event("note", f"going on from step {first}", step=first)
-    yield from _loop(job, loaded, bank, learner, accelerator, first)
-    tensors = file.tensors_of(bank, settled.name, loaded)
-    del loaded, bank, learner  # the base is loaded again in the precision of pictures: make room
+    course = new_course(job, loaded, bank, learner, accelerator, stop)
+    yield from take_up(course)
+    yield from course.events()
+    if course.stopped:
+        return
+    best = course.progress.best()
+    if best and settled.validation.pack == "best" and best[0] != course.progress.step:
+        state.restore(job.out, [learner], course.progress.step, best[0])
+        yield Event("note", f"the pack holds the weights of step {best[0]}, whose validation loss is lowest", step=best[0])
+    with learner.averaged():
+        tensors = file.tensors_of(bank, settled.name, loaded)
+    step = course.progress.step
+    del loaded, bank, learner, course  # the base is loaded again in the precision of pictures: make room
     accelerator.free_memory()
-    yield from _finish(job, tensors, latents)
+    yield from _finish(job, tensors, latents, step, stop)
 
 
-def _loop(job: Job, loaded: Family, bank: Bank, learner: Learner, accelerator: Accelerator, first: int) -> Iterator[Event]:
-    settled, train = job.settled, job.settled.train
-    assert train.save_every is not None
+def new_course(job: Job, loaded: Family, bank: Bank, learner: Learner, accelerator: Accelerator, stop: Stop) -> Course:
+    """All that training needs, at its beginning."""
+    settled, items = job.settled, job.dataset.account.used
     goal = Goal(lookup.find("objectives", settled.objective.model_dump()["kind"]).noise, settled.objective)
-    unread: list[Trained] = []
-    for trained in steps(loaded, bank, [learner], goal, train, accelerator, first):
-        unread.append(trained)
-        last, save = trained.step == train.steps, trained.step % train.save_every == 0
-        if last or save or trained.step % train.log_every == 0:
-            yield from _read(unread)
-            unread.clear()
-        if last or save:
-            path = state.save(job.out, trained.step, [learner], train.keep_checkpoints)
-            yield Event("checkpoint", path.name, step=trained.step)
+    at_once = given(settled.train.batch_size)
+    setup = Setup(loaded, bank, [learner], goal, settled.train, accelerator, at_once)
+    said = [captions.final(items[i], settled, 0) for i in job.dataset.held]
+    tokens = loaded.tokens([*said, ""])
+    held = [HeldOut(learner.data.latents[i][0], tokens[n], items[i].look.digest) for n, i in enumerate(job.dataset.held)]
+    names = [job.dataset.account.name(item.path) for item in items]
+    return Course(setup, settled, job.out, names, held, state.Progress(at_once=at_once), stop)
 
 
-def _read(trained: list[Trained]) -> Iterator[Event]:
-    """Wait for the device and tell the losses of some steps. Raises `UserError` where one was not finite; no such step moved a weight."""
-    losses = torch.stack([one.loss.sum() for one in trained]).tolist()
-    finite = torch.stack([one.finite.all() for one in trained]).tolist()
-    for one, loss, sound in zip(trained, losses, finite, strict=True):
-        if not sound:
-            what = f"loss or gradient at step {one.step} is not finite; the weights did not move"
-            raise UserError("E-NUM-01", what, f"step {one.step}", "lower train.lr or set train.precision=fp32, and resume", NUMBERS)
-        yield Event("step", step=one.step, loss=loss)
+def take_up(course: Course) -> Iterator[Event]:
+    """Go on from the newest sound checkpoint, if there is one."""
+    train = course.settled.train
+    found = state.restore(course.out, course.setup.learners, given(train.steps))
+    for path in found.damaged:
+        yield Event("warning", f"{path.name.removeprefix('bad-')} is damaged: it is called {path.name} now, and passed over")
+    if not found.progress.step:
+        return
+    at_once = min(found.progress.at_once or given(train.batch_size), given(train.batch_size))
+    course.progress, course.setup.at_once = found.progress, at_once
+    course.progress.at_once = at_once
+    yield Event("note", f"going on from step {found.progress.step}", step=found.progress.step)
+    for note in found.notes:
+        yield Event("warning", note)
 
 
 def sites(settled: Run, loaded: Family) -> list[str]:
@@ -173,7 +184,9 @@ def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, 
         (bank.parameters(settled.name, "unet."), given(train.lr)),
         (bank.parameters(settled.name, "text_encoder."), given(train.text_encoder_lr)),
     ]
-    return Learner(settled.name, data, bank.parameters(settled.name), accelerator.prepare(adamw(groups, train)))
+    params = bank.parameters(settled.name)
+    ema = {dotted: parameter.detach().clone() for dotted, parameter in params.items()} if train.ema else {}
+    return Learner(settled.name, data, params, accelerator.prepare(adamw(groups, train)), ema)
 
 
 def prepared(job: Job, loaded: Family, latents: Latents, flipped: Latents = ()) -> Prepared:
@@ -226,55 +239,22 @@ def adapted(bank: Bank, name: str, loaded: Family) -> str:
     return f"{len(list(bank.deltas(name)))} layers adapted, {ours:,} parameters trained, {ours / whole:.2%} of {whole:,}, {where}"
 
 
-def _finish(job: Job, tensors: dict[str, Tensor], latents: Latents) -> Iterator[Event]:
+def _finish(job: Job, tensors: dict[str, Tensor], latents: Latents, step: int, stop: Stop) -> Iterator[Event]:
     """Look at what was learnt with the very weights of the pack, then write the pack."""
-    settled, look = job.settled, job.settled.preview
+    settled = job.settled
     studio = Studio.open(job.base)
     name = studio.add(file.Pack(settled.name, tensors, {"sdlora.adapter": settled.adapter.model_dump()["kind"]}))
     thumbnail, data = None, {}
-    if look.scales:
-        rows = studio.strips([preview_recipe(studio, settled, prompt, name, 1.0) for prompt in look.prompts], [name], look.scales)
-        thumbnail = rows[0][1 + min(range(len(look.scales)), key=lambda i: abs(look.scales[i] - 1))]
-        columns = ["base", *(f"scale {scale:g}" for scale in look.scales)]
-        sheet = pictures.sheet(rows, look.prompts, columns, f"{settled.name} on {job.base.name}, seed {look.seed}")
-        safeio.write(job.out / "strip.png", pictures.encode(sheet, {"sdlora": json.dumps(metadata.public(settled, job.base.name))}))
-        data = likeness(studio, settled, name, job.dataset, latents)
-        yield Event("note", learnt(data), data=data)
-    facts = metadata.Facts(
-        len(job.dataset.sizes), given(settled.train.steps), job.began, time.time(), Counter(job.dataset.sizes), thumbnail
-    )
+    if settled.preview.scales:
+        rows, scales = preview.strip(studio, settled, name), settled.preview.scales
+        thumbnail = rows[0][1 + min(range(len(scales)), key=lambda i: abs(scales[i] - 1))]
+        texts = {"sdlora": json.dumps(metadata.public(settled, job.base.name))}
+        sheet = pictures.encode(preview.sheet(rows, settled, job.base.name), texts)
+        yield from patiently(lambda: safeio.write(job.out / "strip.png", sheet), stop)
+        data = preview.likeness(studio, settled, name, job.dataset, latents)
+        yield Event("note", preview.learnt(data), data=data)
+    facts = metadata.Facts(len(set(job.dataset.pool)), step, job.began, time.time(), Counter(job.dataset.sizes), thumbnail)
     path = job.out / f"{settled.name}.safetensors"
-    file.save(path, tensors, lambda sha256: metadata.describe(settled, studio.family, facts, sha256))
-    yield Event("done", str(path), step=given(settled.train.steps), data={"seconds": round(time.time() - job.began, 1), **data})
-
-
-def preview_recipe(studio: Studio, settled: Run, prompt: str, name: str, scale: float) -> Recipe:
-    """The recipe of one preview."""
-    side, step = settled.data.resolution_px or 0, studio.family.step_px
-    size = f"{side // step * step}x{side // step * step}"
-    look = settled.preview
-    return studio.recipe(prompt, size, look.guidance, seed=look.seed, steps=look.steps, scales=((name, scale),))
-
-
-def likeness(studio: Studio, settled: Run, name: str, dataset: Dataset, latents: Latents, most: int = 8) -> dict[str, Any]:
-    """Distance from pictures generated of training captions to the training pictures, at scale 0 and 1, over the commonest size."""
-    items = dataset.account.used
-    shown = [i for i, item in enumerate(items) if not item.regularisation]
-    size = Counter(dataset.sizes[i] for i in shown).most_common(1)[0][0]
-    chosen = [i for i in shown if dataset.sizes[i] == size][:most]
-    said = [captions.final(items[i], settled, 0) for i in chosen]
-    true = torch.stack([latents[i][0].flatten() for i in chosen])
-    apart = []
-    for scale in (0.0, 1.0):
-        recipes = [preview_recipe(studio, settled, prompt, name, scale).at(width=size[0], height=size[1]) for prompt in said]
-        seen = score.embed(studio.family, studio.pixels(recipes, batch=4)).cpu()
-        apart.append(float(score.distance(seen, true).mean()))
-    return {"pictures": len(chosen), "distance_base": round(apart[0], 2), "distance_adapter": round(apart[1], 2)}
-
-
-def learnt(data: dict[str, Any]) -> str:
-    base, adapter = data["distance_base"], data["distance_adapter"]
-    return (
-        f"learnt: asked for {data['pictures']} of your captions, pictures come out at {adapter / base:.2f} times the base's distance "
-        f"from your pictures ({base} at scale 0, {adapter} at scale 1; L2 of the autoencoder's means)"
-    )
+    describe = partial(metadata.describe, settled, studio.family, facts)
+    yield from patiently(lambda: file.save(path, tensors, describe), stop)
+    yield Event("done", str(path), step=step, data={"seconds": round(time.time() - job.began, 1), **data})

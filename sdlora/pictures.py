@@ -43,6 +43,16 @@ def encode(picture: Image.Image, texts: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
+def row(images: Sequence[Image.Image], gap: int = 8) -> Image.Image:
+    """Pictures of one size beside one another; small ones are enlarged as on a sheet."""
+    factor = max(1, round(CELL_PX / min(images[0].size)))
+    width, height = images[0].width * factor, images[0].height * factor
+    paper = Image.new("RGB", (len(images) * (width + gap) - gap, height), PAPER)
+    for i, picture in enumerate(images):
+        paper.paste(picture.resize((width, height), Image.Resampling.BICUBIC) if factor > 1 else picture, (i * (width + gap), 0))
+    return paper
+
+
 def sheet(rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], title: str = "") -> Image.Image:
     """One picture of many: a label over each column, and over each row its own."""
     width, height = rows[0][0].size

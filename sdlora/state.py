@@ -3,48 +3,108 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from sdlora import safeio
-from sdlora.errors import UserError
+from sdlora.errors import NUMBERS, UserError
 from sdlora.train import Learner
+
+EMPTY = safetensors.torch.save({})
+
+
+@dataclass
+class Progress:
+    """What a run has come to, beside weights and optimizer."""
+
+    step: int = 0
+    at_once: int = 0  # samples that go through the network at once, as far as memory allowed; 0: a whole batch
+    validations: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
+
+    def best(self) -> tuple[int, float] | None:
+        """The validation of the lowest loss, the first of equal ones."""
+        return min(self.validations, key=lambda one: one[1], default=None)
+
+    def waited(self) -> int:
+        """Validations since then."""
+        best = self.best()
+        return len(self.validations) - 1 - self.validations.index(best) if best else 0
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was found of a run."""
+
+    progress: Progress
+    damaged: Sequence[Path] = ()  # checkpoints that were passed over, under the names that they have now
+    notes: Sequence[str] = ()  # in what this machine differs from the one that wrote the checkpoint
 
 
 def folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"ckpt-{step:06d}"
 
 
-def save(run: Path, step: int, learners: Sequence[Learner], keep: int) -> Path:
-    """Write the checkpoint of a step; older ones than the newest `keep` go once it reads back well."""
-    weights, slots = {}, {}
-    for learner in learners:
-        for name, parameter in learner.params.items():
-            weights[f"{learner.name}/{name}"] = parameter.detach().cpu().contiguous()
-            for slot, value in learner.optimizer.state.get(parameter, {}).items():
-                slots[f"{learner.name}/{name}/{slot}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    state = {
-        "format": 1,
-        "step": step,
-        "learners": [learner.name for learner in learners],
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    path = folder(run, step)
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the last bits of a result depend on."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device.type, "instructions": capability}
+
+
+def size(learners: Sequence[Learner]) -> int:
+    """Bytes of a checkpoint, roughly: the weights, two moments of each, and their average where there is one."""
+    return sum(4 * (3 + bool(learner.ema)) * p.numel() for learner in learners for p in learner.params.values())
+
+
+def save(run: Path, progress: Progress, learners: Sequence[Learner], keep: int) -> Path:
+    """Write the checkpoint of a step; of the older ones the newest `keep` and the best stay, once it reads back well.
+
+    Raises `UserError` rather than write a number that is not finite, or what does not read back.
+    """
+    files = _files(progress, learners)
+    path = folder(run, progress.step)
     if path.exists():  # written by an interrupted run that went on from an earlier one
         shutil.rmtree(path)
-    files = {"adapter.safetensors": safetensors.torch.save(weights), "optimizer.safetensors": safetensors.torch.save(slots)}
-    safeio.write_folder(path, {**files, "state.json": json.dumps(state, indent=1).encode()})
+    safeio.write_folder(path, files)
     if safeio.read_folder(path) is None:
         raise UserError(
             "E-CKPT-01", "the checkpoint does not read back as it was written", path, "the disk may be failing: go on elsewhere"
         )
-    for old in steps(run)[:-keep]:
-        shutil.rmtree(folder(run, old))
+    best = progress.best()
+    older = [step for step in steps(run) if step <= progress.step]
+    for old in older[:-keep]:
+        if not best or old != best[0]:
+            shutil.rmtree(folder(run, old))
     return path
+
+
+def _files(progress: Progress, learners: Sequence[Learner]) -> dict[str, bytes]:
+    weights: dict[str, Tensor] = {}
+    slots: dict[str, Tensor] = {}
+    averages: dict[str, Tensor] = {}
+    for learner in learners:
+        for name, parameter in learner.params.items():
+            weights[f"{learner.name}/{name}"] = parameter
+            for slot, value in learner.optimizer.state.get(parameter, {}).items():
+                slots[f"{learner.name}/{name}/{slot}"] = torch.as_tensor(value)
+        averages |= {f"{learner.name}/{name}": average for name, average in learner.ema.items()}
+    files = {}
+    for part, tensors in {"adapter": weights, "optimizer": slots, "ema": averages}.items():
+        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if broken:
+            what = f"{broken[0]} ({part}) holds a number that is not finite; no checkpoint is written, the last good one stays"
+            raise UserError("E-NUM-02", what, f"step {progress.step}", "lower train.lr or set train.precision=fp32, and resume", NUMBERS)
+        if tensors:
+            own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            files[f"{part}.safetensors"] = safetensors.torch.save(own)
+    device = next(iter(learners[0].params.values())).device
+    quarantine = {learner.name: learner.quarantine for learner in learners}
+    state = {"format": 2, **asdict(progress), "quarantine": quarantine, "machine": machine(device)}
+    return {**files, "state.json": json.dumps(state, indent=1).encode()}
 
 
 def steps(run: Path) -> list[int]:
@@ -53,23 +113,46 @@ def steps(run: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def restore(run: Path, learners: Sequence[Learner]) -> tuple[int, list[Path]]:
-    """Load the newest sound checkpoint into the learners. Returns its step (0: none) and the damaged ones that were passed over."""
+def restore(run: Path, learners: Sequence[Learner], last: int, only: int = 0) -> Restored:
+    """Load the newest sound checkpoint up to step `last` (or the one of step `only`) into the learners; damaged ones are set aside."""
     damaged = []
-    for step in reversed(steps(run)):
+    for step in [only] if only else [step for step in reversed(steps(run)) if step <= last]:
         files = safeio.read_folder(folder(run, step))
         if files is None:
-            damaged.append(folder(run, step))
+            damaged.append(set_aside(folder(run, step)))
             continue
-        weights = safetensors.torch.load(files["adapter.safetensors"])
-        slots = safetensors.torch.load(files["optimizer.safetensors"])
+        tensors = {part: safetensors.torch.load(files.get(f"{part}.safetensors", EMPTY)) for part in ("adapter", "optimizer", "ema")}
         for learner in learners:
-            _fill(learner, weights, slots, folder(run, step))
-        return step, damaged
-    return 0, damaged
+            _fill(learner, tensors, folder(run, step))
+        return Restored(_read(json.loads(files["state.json"]), learners), damaged, _differences(json.loads(files["state.json"]), learners))
+    return Restored(Progress(), damaged)
 
 
-def _fill(learner: Learner, weights: dict[str, Tensor], slots: dict[str, Tensor], path: Path) -> None:
+def set_aside(path: Path) -> Path:
+    """Keep a damaged checkpoint out of the way, but keep it: somebody may want to look at it."""
+    aside = path.with_name(f"bad-{path.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    path.rename(aside)
+    return aside
+
+
+def _read(state: dict[str, Any], learners: Sequence[Learner]) -> Progress:
+    for learner in learners:
+        known = state.get("quarantine", {}).get(learner.name, {})
+        learner.quarantine = {int(picture): since for picture, since in known.items()}
+    return Progress(state["step"], state.get("at_once", 0), [(step, loss) for step, loss in state.get("validations", [])])
+
+
+def _differences(state: dict[str, Any], learners: Sequence[Learner]) -> list[str]:
+    now = machine(next(iter(learners[0].params.values())).device)
+    before = state.get("machine", {})
+    changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
+    return [f"not promised to be bit for bit the same as without the stop: {', '.join(changed)}"] if changed else []
+
+
+def _fill(learner: Learner, tensors: dict[str, dict[str, Tensor]], path: Path) -> None:
+    weights, slots = tensors["adapter"], tensors["optimizer"]
     for name, parameter in learner.params.items():
         key = f"{learner.name}/{name}"
         if key not in weights or weights[key].shape != parameter.shape:
@@ -78,6 +161,8 @@ def _fill(learner: Learner, weights: dict[str, Tensor], slots: dict[str, Tensor]
             )
         with torch.no_grad():
             parameter.copy_(weights[key])
+            if name in learner.ema:  # an average that begins only now begins at the weights
+                learner.ema[name].copy_(tensors["ema"].get(key, weights[key]))
         own = {slot.rpartition("/")[2]: value for slot, value in slots.items() if slot.rpartition("/")[0] == key}
         if own:
             learner.optimizer.state[parameter] = {slot: value.to(parameter.device) for slot, value in own.items()}

@@ -22,7 +22,7 @@ from rich.progress import (
 from sdlora.errors import OUR_BUG, UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import: `sdlora --help` must not
-    from sdlora.job import Event
+    from sdlora.events import Event
 
 
 def say(text: str, error: bool = False) -> None:
@@ -72,8 +72,9 @@ def show(event: "Event", progress: Progress, bar: TaskID) -> str:
         before = task.fields.get("smooth", event.loss)
         smooth = 0.95 * before + 0.05 * event.loss
         progress.update(task.id, completed=event.step, visible=True, figures=f"loss {smooth:.4f}  {speed}", smooth=smooth)
-    elif event.kind in ("note", "warning"):
-        progress.console.print(("warning: " if event.kind == "warning" else "") + event.text, highlight=False, markup=False, soft_wrap=True)
+    elif event.kind in ("note", "warning", "validation", "paused"):
+        before = f"{event.kind}: " if event.kind in ("warning", "paused") else ""
+        progress.console.print(before + event.text, highlight=False, markup=False, soft_wrap=True)
         if event.step:
             progress.update(bar, completed=event.step)
     return event.text if event.kind == "done" else ""

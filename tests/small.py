@@ -108,7 +108,7 @@ def settled(folder: Path, base: Path, **overrides: Any) -> Run:
         "data": {"folder": str(folder), "resolution_px": 32, "prior_share": 0.0},
         "adapter": {"rank": 2},
         "train": {**train, "precision": "fp32"},
-        "preview": {"scales": [], "steps": 2},
+        "preview": {"scales": [], "steps": 2, "every": 0},
     }
     for key, value in overrides.items():
         *path, last = key.split("__")

@@ -26,7 +26,7 @@ from sdlora.errors import NUMBERS, UserError
 from sdlora.objective import Noised
 from sdlora.objectives import epsilon
 from sdlora.settings import Settings
-from sdlora.train import Goal, Learner, sample_losses, steps
+from sdlora.train import Goal, Learner, Setup, sample_losses, steps
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ class Cast:
         """Train to the end; the weights of each learner."""
         settings = self.run.train.model_copy(update={"accumulation": accumulation, "batch_size": batch_size})
         goal = Goal(exact_noise, self.run.objective)
-        self.told = list(steps(self.loaded, self.bank, self.learners, goal, settings, self.accelerator))
+        self.told = list(steps(Setup(self.loaded, self.bank, self.learners, goal, settings, self.accelerator, batch_size)))
         return {one.name: {name: p.detach().clone() for name, p in one.params.items()} for one in self.learners}
 
 
@@ -418,6 +418,8 @@ BY_WEIGHTS: dict[str, Any] = {
     "train.weight_decay": 0.5,
     "train.clip_norm": 1e-3,
     "train.precision": "bf16",
+    "train.ema": 0.5,
+    "validation.share": 0.4,
 }
 BY_STRIP: dict[str, Any] = {
     "preview.prompts": ["a cat"],
@@ -433,6 +435,10 @@ ELSEWHERE = {  # which test shows it
     "data.shuffle_tags": "test_captions: tags are mixed as is set",
     "data.keep_tokens": "test_captions: tags are mixed as is set",
     "data.tag_dropout": "test_captions: tags are dropped as often as is set",
+    "preview.every": "test_course: previews change nothing",
+    "train.on_nonfinite": "test_course: a broken picture is named and left out",
+    "validation.patience": "test_course: training ends when the loss falls no more",
+    "validation.pack": "test_course: the pack may hold the best weights",
     "name": "test_resume: another run does not go on in the folder",
     "base": "test_config: a row is chosen by the size of the base",
     "data.folder": "test_train: a cast of two is two runs",

@@ -1,6 +1,7 @@
 """The folders as one run uses them, and the ledger: what becomes of every picture, and what is to be said about it."""
 
 import dataclasses
+import hashlib
 import math
 import textwrap
 from collections import Counter
@@ -24,15 +25,30 @@ class Dataset:
     @property
     def pool(self) -> list[int]:
         """The pictures of one epoch, by their place among the used ones: each stands in it as often as the epoch shows it."""
-        return [i for i, item in enumerate(self.account.used) for _ in range(item.repeats)]
+        return [i for i, item in enumerate(self.account.used) for _ in range(item.repeats) if not item.held_out]
+
+    @property
+    def held(self) -> list[int]:
+        """The pictures that are never trained on, but measured by."""
+        return [i for i, item in enumerate(self.account.used) if item.held_out]
 
 
 def read_dataset(run: Run, unpacked: Path) -> Dataset:
     """Scan the folders and settle every caption; sizes follow once the base is loaded. ZIPs are unpacked below `unpacked`."""
     if not run.data.sources:
         raise UserError("E-DATA-01", "no folder of pictures is named", "data.folder", "sdlora train DIR")
-    account = scan.scan_all(run.data.sources, run.data.skip_unreadable, unpacked)
+    account = hold_out(scan.scan_all(run.data.sources, run.data.skip_unreadable, unpacked), run.validation.share, run.seed)
     return Dataset(account, [captions.templates(item, run) for item in account.used], [])
+
+
+def hold_out(account: scan.Account, share: float, seed: int) -> scan.Account:
+    """The account with a share of the pictures held out: at least one, and never the last. Another picture in the folder changes few."""
+    free = [i for i, item in enumerate(account.used) if not item.regularisation and not item.held_out]
+    count = min(max(1, round(share * len(free))), len(free) - 1) if share else 0
+    rank = {i: hashlib.sha256(f"{seed}/held-out/{account.used[i].look.digest}".encode()).digest() for i in free}
+    chosen = set(sorted(free, key=lambda i: rank[i])[:count])
+    used = [dataclasses.replace(item, held_out=True) if i in chosen else item for i, item in enumerate(account.used)]
+    return dataclasses.replace(account, used=used)
 
 
 def fit_dataset(dataset: Dataset, run: Run, family: Family) -> Dataset:
@@ -87,6 +103,7 @@ def ledger(dataset: Dataset, run: Run, family: Family, found: Sequence[doctor.Fi
                 "repeats": item.repeats,
                 "weight": item.weight,
                 "regularisation": item.regularisation,
+                "held_out": item.held_out,
                 "shown": shown[i],
             }
         )
@@ -101,6 +118,7 @@ def ledger(dataset: Dataset, run: Run, family: Family, found: Sequence[doctor.Fi
             "used": len(used),
             "of_these_fixed": fates["fixed"],
             "of_these_warned": fates["warned"],
+            "held_out": len(dataset.held),
             "left_out": len(left_out),
             "steps": train.steps,
             "samples": samples,

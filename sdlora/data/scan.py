@@ -33,6 +33,7 @@ class Item:
     weight: float = 1.0  # of its loss
     regularisation: bool = False
     notes: tuple[str, ...] = ()
+    held_out: bool = False  # never trained on, but measured by
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,12 @@ class Account:
             "with a caption of the folder's name": sum("caption-from-folder" in item.notes for item in self.used),
             "with a mask": sum(item.mask is not None for item in self.used),
             "for regularisation": sum(item.regularisation for item in self.used),
+            "held out to measure by": sum(item.held_out for item in self.used),
         }
         also = "".join(f", {count} {what}" for what, count in counts.items() if count)
-        samples = sum(item.repeats for item in self.used)
-        if samples > len(self.used):
+        trained = [item.repeats for item in self.used if not item.held_out]
+        samples = sum(trained)
+        if samples > len(trained):
             also += f", {samples} samples an epoch"
         line = f"{found} pictures found, {len(self.used)} used ({own} with a caption of their own{also})"
         if self.left_out:
@@ -140,6 +143,7 @@ def _decode(picture: Picture, folder: Folder) -> Item | LeftOut:
         folder.weight,
         folder.kind == "regularisation",
         tuple(dict.fromkeys([*picture.notes, *decoded.notes])),
+        folder.kind == "validation",
     )
 
 
@@ -157,8 +161,9 @@ def _refuse(account: Account, problems: Sequence[str], skip_unreadable: bool, wh
         unread = [account.name(out.path) for out in account.strays if "format-not-read" in out.why]
         what = "no usable picture in this folder" + (f"; formats that are not read: {_listed(unread)}" if unread else "")
         raise UserError("E-DATA-02", what, where, f"pictures end in {', '.join(sorted(SUFFIXES))}")
-    if all(item.regularisation for item in account.used):
-        raise UserError("E-DATA-02", "all pictures are for regularisation, none shows what is learnt", where, "name a folder of those too")
+    if all(item.regularisation or item.held_out for item in account.used):
+        what = "all pictures are for regularisation or validation, none shows what is learnt"
+        raise UserError("E-DATA-02", what, where, "name a folder of those too")
 
 
 def _listed(lines: Sequence[str]) -> str:

@@ -1,0 +1,161 @@
+"""What happens between two steps: losses are read, the run is measured, looked at, saved, and asked whether it is to stop."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from sdlora import diagnose, pictures, preview, safeio, state, validation
+from sdlora.config import Run
+from sdlora.errors import NUMBERS, UserError
+from sdlora.events import Event, patiently
+from sdlora.optim import rate
+from sdlora.state import Progress
+from sdlora.stop import Stop
+from sdlora.studio import Studio
+from sdlora.train import Setup, Trained, steps
+from sdlora.validation import HeldOut
+
+MOST_LAPSES = 3
+"""Steps in a row that may come to nothing for half precision's sake, before the run ends with advice."""
+
+
+@dataclass
+class Course:
+    """One run on its way. When `events` is through, `stopped` tells whether it was asked to stop before its end."""
+
+    setup: Setup
+    settled: Run
+    out: Path
+    names: Sequence[str]  # of the pictures, as messages call them
+    held: Sequence[HeldOut]
+    progress: Progress
+    stop: Stop
+    stopped: bool = False
+    lapses: int = 0
+
+    def events(self) -> Iterator[Event]:
+        train = self.settled.train
+        assert train.save_every is not None
+        unread: list[Trained] = []
+        with self.stop.gently():
+            yield from self._begin()
+            if self._is_enough():
+                return
+            for trained in steps(self.setup, self.progress.step):
+                unread.append(trained)
+                self.stop.look(self.out)
+                stopping = self.stop.stop  # from here on: what is wished later is granted a step later
+                due = trained.step == train.steps or trained.step % train.save_every == 0
+                save = due or stopping or self.stop.save
+                if save or trained.step % train.log_every == 0:
+                    yield from self._read(unread)
+                    unread.clear()
+                self.progress.step = trained.step
+                if due:
+                    yield from self._validate()
+                if save:
+                    yield from self._save()
+                if self.stop.sample or (self.settled.preview.every and trained.step % self.settled.preview.every == 0):
+                    yield from self._look()
+                if stopping and trained.step != train.steps:
+                    self.stopped = True
+                    yield Event("stopped", f"saved at step {trained.step}", step=trained.step, data={"signal": self.stop.signum})
+                    return
+                if self._is_enough():
+                    yield Event("note", f"no lower validation loss in the last {self.progress.waited()}: training ends here")
+                    return
+
+    def _begin(self) -> Iterator[Event]:
+        needed = (self.settled.train.keep_checkpoints + 2) * state.size(self.setup.learners)
+        free = shutil.disk_usage(self.out).free
+        if free < needed:
+            yield Event(
+                "warning", f"{free / 1e6:.0f} MB are free on the disk of {self.out}, and the checkpoints take {needed / 1e6:.0f} MB"
+            )
+        if self.progress.step == 0:
+            if self.held:
+                base = validation.loss(self.setup, 0, self.held, 0.0)
+                yield Event("validation", f"loss of the base on {len(self.held)} pictures held out: {base:.5f}", data={"loss": base})
+            if self.settled.preview.every:
+                yield from self._look()
+
+    def _read(self, unread: Sequence[Trained]) -> Iterator[Event]:
+        """Wait for the device and tell the losses of some steps; look for the cause of what was not finite."""
+        train = self.settled.train
+        assert train.lr is not None
+        losses = torch.stack([one.loss.mean() for one in unread]).tolist()
+        finite = torch.stack([one.finite for one in unread]).tolist()
+        for one, loss, flags in zip(unread, losses, finite, strict=True):
+            lr = train.lr * rate(one.step - 1, train)
+            yield Event("step", step=one.step, loss=loss if all(flags) else None, data={"lr": lr})
+            self.lapses = 0 if all(flags) else self.lapses + 1
+            for slot in (slot for slot, sound in enumerate(flags) if not sound):
+                yield from self._mend(slot, one.step - 1)
+            if one.at_once != self.progress.at_once:
+                what = f"memory did not suffice: from step {one.step} on {one.at_once} samples go through the network at once, not "
+                yield Event("warning", f"{what}{self.progress.at_once}; the result is the same but for rounding", step=one.step)
+                self.progress.at_once = one.at_once
+
+    def _mend(self, slot: int, step: int) -> Iterator[Event]:
+        """Go on after a step that moved nothing, or raise `UserError` if it is better not to."""
+        learner, train = self.setup.learners[slot], self.settled.train
+        cause = diagnose.find(self.setup, slot, step)
+        names = ", ".join(self.names[picture] for picture in cause.pictures)
+        what = f"loss or gradient is not finite; the weights did not move. Cause: {names + ': ' if names else ''}{cause.text}"
+        since = (step // train.log_every + 1) * train.log_every  # the next step that is sure to be taken after this one was read
+        news = [picture for picture in cause.pictures if picture not in learner.quarantine]
+        left = set(learner.data.pool) - set(learner.quarantine) - set(news)
+        hopeless = cause.kind in ("weights", "prompt") or not left or (cause.kind != "picture" and self.lapses >= MOST_LAPSES)
+        if hopeless or train.on_nonfinite == "stop":
+            todo = {"picture": "take these pictures out", "prompt": "take that prompt out of data.prior_prompts"}
+            advice = todo.get(cause.kind, "lower train.lr or set train.precision=fp32") + ", and resume from the last checkpoint"
+            raise UserError("E-NUM-01", what, f"step {step + 1}", advice, NUMBERS)
+        for picture in news:
+            learner.quarantine[picture] = since
+        if news or cause.kind != "picture":
+            also = f"; left out from step {since + 1} on" if news else ""
+            yield Event("warning", f"step {step + 1}: {what}{also}", step=step + 1, data={"pictures": [self.names[one] for one in news]})
+
+    def _validate(self) -> Iterator[Event]:
+        if not self.held:
+            return
+        with self.setup.learners[0].averaged():
+            loss = validation.loss(self.setup, 0, self.held)
+        self.progress.validations.append((self.progress.step, loss))
+        best = self.progress.best()
+        lowest = "" if best is None or best[0] == self.progress.step else f", lowest {best[1]:.5f} at step {best[0]}"
+        text = f"loss on {len(self.held)} pictures held out: {loss:.5f}{lowest}"
+        yield Event("validation", text, step=self.progress.step, data={"loss": loss})
+
+    def _is_enough(self) -> bool:
+        patience = self.settled.validation.patience
+        return bool(patience) and self.progress.waited() >= patience
+
+    def _save(self) -> Iterator[Event]:
+        self.stop.save = False
+        keep, learners = self.settled.train.keep_checkpoints, self.setup.learners
+        path = yield from patiently(lambda: state.save(self.out, self.progress, learners, keep), self.stop)
+        yield Event("checkpoint", path.name, step=self.progress.step)
+
+    def _look(self) -> Iterator[Event]:
+        self.stop.sample = False
+        studio = Studio(self.setup.family, self.setup.bank, {})
+        try:
+            with self.setup.learners[0].averaged():
+                row = pictures.row(preview.in_training(studio, self.settled, 1.0 if self.progress.step else 0.0))
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            row = None
+        if row is None:
+            clear_device_cache(garbage_collection=True)
+            yield Event("warning", "memory did not suffice for a preview; training goes on", step=self.progress.step)
+            return
+        path = Path("previews") / f"step-{self.progress.step:06d}.png"
+        content = pictures.encode(row, {})
+        yield from patiently(lambda: safeio.write(self.out / path, content), self.stop)
+        yield Event("preview", path.as_posix(), step=self.progress.step, data={"file": path.as_posix()})

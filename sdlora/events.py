@@ -1,0 +1,63 @@
+"""What a run tells whoever iterates over it; each event is also a line of `events.jsonl`."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from sdlora import safeio
+from sdlora.errors import UserError
+from sdlora.stop import Stop
+
+T = TypeVar("T")
+DISK_IS_FULL = "E-DISK-01"
+RETRY_S = 30.0
+
+
+@dataclass(frozen=True)
+class Event:
+    kind: Literal["note", "warning", "step", "validation", "preview", "checkpoint", "paused", "stopped", "failed", "done"]
+    text: str = ""
+    step: int = 0
+    loss: float | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Log:
+    """The file of a run's events. While the disk is full they are kept here, and written with the next one that finds room."""
+
+    path: Path
+    waiting: list[str] = field(default_factory=list)
+
+    def add(self, event: Event) -> None:
+        record = {"time": round(time.time(), 3)} | {k: v for k, v in dataclasses.asdict(event).items() if v not in ("", None, {})}
+        self.waiting.append(json.dumps(record))
+        try:
+            safeio.append_line(self.path, "\n".join(self.waiting))
+        except UserError as error:
+            if error.code != DISK_IS_FULL:
+                raise
+        else:
+            self.waiting.clear()
+
+
+def patiently(write: Callable[[], T], stop: Stop) -> Generator[Event, None, T]:
+    """Do what writes a file, again and again while the disk is full; a run that is to stop waits no longer and raises."""
+    said = False
+    while True:
+        try:
+            return write()
+        except UserError as error:
+            if error.code != DISK_IS_FULL or stop.stop:
+                raise
+            what = str(error)
+        if not said:
+            yield Event("paused", f"{what} · waiting, nothing is lost; looking again every {RETRY_S:g} s")
+            said = True
+        until = time.monotonic() + RETRY_S
+        while time.monotonic() < until and not stop.stop:
+            time.sleep(min(0.1, RETRY_S))

@@ -1,0 +1,49 @@
+"""The loss on pictures that are never trained on, under noise that depends on nothing but the picture: a curve that can be compared
+across steps, runs and machines."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdlora.randomness import normal
+from sdlora.train import Setup, said
+
+TIMES = 8
+"""Timesteps that each picture is noised to, evenly spread over the schedule."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A picture to measure by."""
+
+    latents: Tensor  # (C, h, w), the posterior's mean
+    tokens: Tensor  # (L,) of its caption
+    digest: str  # of its pixels: its noise is a function of it
+
+
+@torch.no_grad()
+def loss(setup: Setup, slot: int, pictures: Sequence[HeldOut], strength: float = 1.0) -> float:
+    """Mean squared error, unweighted, of the adapter at a strength (0: the base) over all pictures and timesteps."""
+    total, before = 0.0, setup.bank.route
+    setup.bank.use({setup.learners[slot].name: strength})
+    try:
+        for shape in dict.fromkeys(one.latents.shape for one in pictures):
+            rows = [(one, i) for one in pictures if one.latents.shape == shape for i in range(TIMES)]
+            for start in range(0, len(rows), setup.at_once):
+                total += float(_errors(setup, rows[start : start + setup.at_once]).sum())
+    finally:
+        setup.bank.route = before
+    return total / (len(pictures) * TIMES)
+
+
+def _errors(setup: Setup, rows: Sequence[tuple[HeldOut, int]]) -> Tensor:
+    """(B,) mean squared error of each picture at one of its timesteps."""
+    device, family = setup.family.device, setup.family
+    latents = torch.stack([one.latents for one, _ in rows]).to(device)
+    noise = torch.stack([normal(tuple(one.latents.shape), 0, f"validation/{one.digest}", i) for one, i in rows]).to(device)
+    uniform = torch.tensor([(i + 0.5) / TIMES for _, i in rows], device=device)
+    noised = setup.goal.noise(latents, noise, uniform, family.alphas_cumprod, setup.goal.config)
+    predicted = said(family, noised.x, noised.t, torch.stack([one.tokens for one, _ in rows]).to(device)).to(noised.target.dtype)
+    return (predicted - noised.target).square().mean((1, 2, 3))
