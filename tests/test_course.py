@@ -112,7 +112,7 @@ def test_a_signal_saves_and_exits_with_its_number(signals: list[int], code: int,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     log, end = out / "events.jsonl", time.monotonic() + 120
-    while not (log.exists() and '"step"' in log.read_text()):
+    while not (log.exists() and '"kind": "step"' in log.read_text()):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.05)
