@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -37,6 +37,7 @@ from sdlora.validation import HeldOut
 T = TypeVar("T")
 Latents = Sequence[tuple[Tensor, Tensor]]
 """Mean and standard deviation (C, h, w) of each picture's."""
+HIGH_RATE = 0.1
 RECORDED = ("sdlora", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 
 
@@ -62,10 +63,12 @@ def run(settled: Run, base: Base, out: Path, stop: Stop | None = None) -> Iterat
         found = ledger.read_dataset(settled, out / "cache")
         loaded = family.load(base, accelerator.device, dtype)
         job = Job(settled, base, out, began, ledger.fit_dataset(found, settled, loaded), sites(settled, loaded))
+        doubtful = [Event("warning", doubt) for doubt in doubts(settled, loaded, job.names)]
         prepare_folder(settled, out, accelerator.device)
         log = Log(out / "events.jsonl")
         try:
-            for event in _train(job, loaded, accelerator, [*notes, *[unlocked] * bool(unlocked)], stop or Stop()):
+            said = [Event("note", note) for note in notes] + [Event("warning", unlocked)] * bool(unlocked) + doubtful
+            for event in itertools.chain(said, _train(job, loaded, accelerator, stop or Stop())):
                 log.add(event)
                 yield event
         except UserError as error:
@@ -76,6 +79,10 @@ def run(settled: Run, base: Base, out: Path, stop: Stop | None = None) -> Iterat
 def check_folder(settled: Run, out: Path) -> list[str]:
     """Whether the run may have this folder; what differs from the settings of the run that lies in it, a line each."""
     path = out / "config.toml"
+    for source in settled.data.sources:
+        if out.resolve().is_relative_to(Path(source.folder).resolve()):
+            what = f"the run would lie in its own folder of pictures, {source.folder}, and its previews be taken for some of them"
+            raise UserError("E-RUN-06", what, out, "name another folder with --out")
     if out.exists() and not out.is_dir():
         raise UserError("E-RUN-01", "this is a file; a run needs a folder of its own", out, "name a folder with --out")
     if not path.is_file():
@@ -104,10 +111,9 @@ def prepare_folder(settled: Run, out: Path, device: torch.device) -> None:
         safeio.sweep(folder)
 
 
-def _train(job: Job, loaded: Family, accelerator: Accelerator, notes: list[str], stop: Stop) -> Iterator[Event]:
+def _train(job: Job, loaded: Family, accelerator: Accelerator, stop: Stop) -> Iterator[Event]:
     settled, dataset = job.settled, job.dataset
-    for note in [*notes, dataset.account.line()]:
-        yield Event("note", note)
+    yield Event("note", dataset.account.line())
     found = ledger.findings(dataset, settled, loaded)
     safeio.write(job.out / "ledger.json", json.dumps(ledger.ledger(dataset, settled, loaded, found), indent=1))
     for finding in (one for one in found if one.severity == "warn"):
@@ -228,6 +234,25 @@ def given(value: T | None) -> T:
     """A setting that a resolved run always has."""
     assert value is not None
     return value
+
+
+def doubts(settled: Run, loaded: Family, names: Sequence[str]) -> list[str]:
+    """What can be trained, but hardly was meant. Raises `UserError` where the adapter is beyond all sense."""
+    kind, layers = lookup.find("adapters", settled.adapter.model_dump()["kind"]), loaded.layers()
+    found, large = [], []
+    for dotted in names:
+        layer: Any = layers[dotted]
+        own = sum(p.numel() for p in kind.Adapter(layer, settled.adapter, stream(0, "size")).parameters())
+        large += [(dotted, own / layer.weight.numel())] if own > layer.weight.numel() else []
+    if len(large) == len(names) and min(share for _, share in large) > 2:  # a rank as large as a layer's smaller side gives 2 at most
+        what = f"on each of its layers the adapter holds over twice as many numbers as the layer itself ({large[0][0]})"
+        raise UserError("E-ADAPT-04", what, "adapter.rank", "lower it: nothing more can be learnt beyond the side of a layer")
+    if large:
+        what = f"on {len(large)} of {len(names)} layers the adapter holds more numbers than the layer itself"
+        found.append(f"{what}; a lower adapter.rank can learn as much")
+    if given(settled.train.lr) >= HIGH_RATE:
+        found.append(f"train.lr = {settled.train.lr:g} is very high: 1e-4 is usual on Stable Diffusion, 2e-3 on the embedded base")
+    return found
 
 
 def adapted(bank: Bank, name: str, loaded: Family) -> str:

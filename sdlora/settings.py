@@ -1,5 +1,6 @@
 """Strict settings: what a table of a TOML file may hold, and errors that name the right setting."""
 
+import textwrap
 import tomllib
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -36,6 +37,8 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError("E-CONF-03", f"cannot read this settings file: {error.strerror}", path) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError("E-CONF-04", f"not a TOML file: {error}", path) from None
+    except RecursionError:
+        raise UserError("E-CONF-04", "not a TOML file that can be read: its values are nested too deeply", path) from None
 
 
 def override(table: dict[str, Any], assignment: str) -> None:
@@ -45,7 +48,7 @@ def override(table: dict[str, Any], assignment: str) -> None:
         raise UserError("E-CONF-05", f'"{assignment}" is not of the form a.b=c', "--set", "write for example --set train.steps=800")
     try:
         value = tomllib.loads(f"x={text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = text
     *path, last = dotted.split(".")
     for part in path:
@@ -58,7 +61,9 @@ def override(table: dict[str, Any], assignment: str) -> None:
 def _explain(cls: type[Settings], problem: dict[str, Any]) -> str:
     where = [part for part in problem["loc"] if isinstance(part, str)]
     if problem["type"] != "extra_forbidden":
-        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
+        got = textwrap.shorten(repr(problem["input"]), 100, placeholder=" ...")
+        hint = "; take its quotes away" if problem["type"] in ("float_type", "int_type") and isinstance(problem["input"], str) else ""
+        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')} (got {got}{hint})"
     owner: Any = cls
     for part in where[:-1]:
         owner = owner.model_fields[part].annotation

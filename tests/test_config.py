@@ -1,5 +1,6 @@
 """Settings: strict at the door with the right name offered, nothing left open once settled, and the same when read back."""
 
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any
 
 import pytest
 import small
+from typer.testing import CliRunner
 
-from sdlora import api, config, defaults, lookup, settings
+from sdlora import api, cli, config, defaults, lookup, settings
 from sdlora.config import Data, Folder, Preview, Run, Train, Validation
 from sdlora.errors import BAD_INPUT, UserError
 from sdlora.settings import Settings
@@ -257,3 +259,47 @@ def test_settings_do_not_change_after_they_are_built() -> None:
     run = config.parse({})
     with pytest.raises(ValueError, match="frozen"):
         run.seed = 3  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------- settings as they come
+
+BAD_SETTINGS: dict[str, tuple[str, str]] = {  # a TOML file, and what the error must say
+    "unknown key": ("[train]\nstepz = 5", "train.stepz.*steps"),
+    "wrong type": ("[train]\nsteps = 'many'", "train.steps"),
+    "a number in quotes": ("[train]\nlr = '1e-4'", "train.lr.*take its quotes away"),
+    "not a number": ("[train]\nlr = nan", "train.lr"),
+    "infinite": ("[train]\nlr = inf", "train.lr"),
+    "negative steps": ("[train]\nsteps = -1", "train.steps"),
+    "rank 0": ("[adapter]\nrank = 0", "adapter.rank"),
+    "rank beyond every layer": ("[adapter]\nrank = 1000", "E-ADAPT-04.*adapter.rank"),
+    "seed -1": ("seed = -1", "seed"),
+    "seed 2^64": (f"seed = {2**64}", "seed"),
+    "a key twice": ("[train]\nsteps = 1\nsteps = 2", "E-CONF-04"),
+    "resolution 100000": ("[data]\nresolution_px = 100000", "data.resolution_px"),
+    "a hundred thousand levels deep": ("x = " + "[" * 100_000, "E-CONF-04"),
+    "YAML": ("train:\n  steps: 5\n  x: !!python/object:os.system {}\n", "E-CONF-04"),
+    "YAML's billion laughs": ("a: &a [lol]\nb: &b [*a, *a]\n", "E-CONF-04"),
+    "the run in the folder of pictures": ("", "E-RUN-06"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_settings_that_cannot_be_are_one_clear_error(name: str, pictures: Path, base: Path, tmp_path: Path) -> None:
+    content, said = BAD_SETTINGS[name]
+    (tmp_path / "f.toml").write_text(content)
+    out = pictures / "run" if "E-RUN-06" in said else tmp_path / "run"
+    command = ["train", str(pictures), "--name", "mira", "--base", str(base), "--config", str(tmp_path / "f.toml"), "--out", str(out)]
+    told = CliRunner().invoke(cli.app, command)
+    assert told.exit_code == 2
+    assert re.search(said, told.output), told.output
+    assert "Traceback" not in told.output
+    assert not out.exists()
+
+
+def test_a_doubtful_setting_is_taken_and_said(squares: Path, base: Path, tmp_path: Path) -> None:
+    run = small.settled(squares, base, train__steps=1, train__lr=1.0, adapter__rank=12)
+    said = [event.text for event in api.train(run, tmp_path / "run") if event.kind == "warning"]
+    assert any("train.lr = 1 is very high" in text for text in said)
+    assert any("adapter.rank" in text for text in said)
+    usual = [event.text for event in api.train(small.settled(squares, base, train__steps=1), tmp_path / "usual") if event.kind == "warning"]
+    assert not any("train.lr" in text or "adapter.rank" in text for text in usual)
