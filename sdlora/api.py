@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdlora import config, family, job, pictures, safeio, settings
+from sdlora import config, family, job, pictures, record, safeio, settings
 from sdlora.config import Run
 from sdlora.data import edits, ledger, page
 from sdlora.data.edits import Edit
@@ -20,6 +20,7 @@ from sdlora.generate import Recipe
 from sdlora.job import Event
 from sdlora.packs import file
 from sdlora.packs.file import Pack
+from sdlora.record import Record
 from sdlora.settings import override
 from sdlora.studio import Studio, parse_pack, parse_scale
 
@@ -28,11 +29,13 @@ __all__ = [
     "Event",
     "Pack",
     "Recipe",
+    "Record",
     "Run",
     "Studio",
     "UserError",
     "check",
     "edit_captions",
+    "events",
     "grid",
     "open_pack",
     "open_studio",
@@ -40,6 +43,7 @@ __all__ = [
     "parse_pack",
     "parse_scale",
     "read_settings",
+    "runs",
     "save_picture",
     "save_sheet",
     "save_text",
@@ -71,6 +75,16 @@ def settle(table: dict[str, Any], source: object = "") -> Run:
 def train(run: Run, out: Path) -> Iterator[Event]:
     """Train a settled run into a folder, or go on with it. The pack is `out/NAME.safetensors` when `done` comes."""
     return job.run(run, family.find(run.base), out)
+
+
+def runs(root: Path) -> list[Record]:
+    """The runs in a folder and below it, the newest first."""
+    return record.runs(root)
+
+
+def events(run: Path, since: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """What a run folder's log holds from a byte on, and the byte to ask from next: whoever shows a run that goes on asks now and then."""
+    return record.events(run, since)
 
 
 def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:

@@ -96,6 +96,20 @@ class Train(Settings):
     """Newest checkpoints that are kept."""
     log_every: Count = 10
     """Steps between two readings of the loss; each reading waits for the device."""
+    trackers: list[str] = Field(default=[])
+    """Programs that the figures of the run are told to, such as `tensorboard`; what they write lies in the run folder's `trackers`."""
+
+    @field_validator("trackers")
+    @classmethod
+    def _are_known(cls, value: list[str]) -> list[str]:
+        if value:
+            from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+            for name in value:
+                if name not in LOGGER_TYPE_TO_CLASS:
+                    near = lookup.nearest(name, LOGGER_TYPE_TO_CLASS)
+                    raise ValueError(f'no tracker called "{name}"{near}; there are {", ".join(LOGGER_TYPE_TO_CLASS)}')
+        return list(dict.fromkeys(value))
 
 
 class Preview(Settings):

@@ -27,6 +27,7 @@ from sdlora.optim import adamw
 from sdlora.packs import file, metadata
 from sdlora.randomness import stream
 from sdlora.studio import Studio
+from sdlora.trackers import Trackers
 from sdlora.train import Goal, Learner, Trained, steps
 
 T = TypeVar("T")
@@ -62,14 +63,17 @@ def run(settled: Run, base: Base, out: Path) -> Iterator[Event]:
     began = time.time()
     accelerator, dtype = devices.for_training(given(settled.train.precision))
     differs = check_folder(settled, out)
+    trackers = Trackers(settled.train.trackers, settled.name, out / "trackers")
     found = ledger.read_dataset(settled, out / "cache")
     loaded = family.load(base, accelerator.device, dtype)
     job = Job(settled, base, out, began, ledger.fit_dataset(found, settled, loaded), sites(settled, loaded))
     prepare_folder(settled, out)
-    for event in _train(job, loaded, accelerator, differs):
-        record = {"time": round(time.time(), 3)} | {k: v for k, v in dataclasses.asdict(event).items() if v not in ("", None, {})}
-        safeio.append_line(out / "events.jsonl", json.dumps(record))
-        yield event
+    with trackers:
+        for event in _train(job, loaded, accelerator, differs):
+            record = {"time": round(time.time(), 3)} | {k: v for k, v in dataclasses.asdict(event).items() if v not in ("", None, {})}
+            safeio.append_line(out / "events.jsonl", json.dumps(record))
+            trackers.tell(record)
+            yield event
 
 
 def check_folder(settled: Run, out: Path) -> list[str]:

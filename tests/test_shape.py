@@ -14,11 +14,11 @@ LAYERS = [
     "errors", "lookup", "settings", "randomness", "safeio", "defaults", "config",
     "adapter", "family", "objective", "families", "adapters", "objectives",
     "devices", "data", "generate", "optim", "packs", "pictures", "score",
-    "train", "state", "studio", "job", "api", "terminal", "verbs", "cli",
+    "record", "charts", "report", "trackers", "train", "state", "studio", "job", "api", "terminal", "verbs", "cli",
 ]  # fmt: skip
 """Bottom up; a module imports only from modules before its own."""
 CHOICES = ("families", "adapters", "objectives")
-LATE_IMPORTS = {("sdlora.family", "_download"), ("sdlora.config", "_is_a_colour")}
+LATE_IMPORTS = {("sdlora.family", "_download"), ("sdlora.config", "_is_a_colour"), ("sdlora.config", "_are_known")}
 """Functions that import for themselves, because few runs need what they import."""
 ENTRANCES = ("sdlora.cli", "sdlora.verbs", "webui.app")
 """Modules that import late: help must not wait for torch, and gradio reads the environment when it is imported."""
