@@ -7,7 +7,7 @@ from html import escape
 from typing import Literal
 
 WIDTH, HEIGHT = 720, 290
-LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 72, 14, 12, 40
 MOST_POINTS = 800
 SHOWN_SHARE = 0.98
 """Of the dots that the vertical axis makes room for; a few outliers would press all others flat."""
@@ -31,7 +31,7 @@ def chart(name: str, title: str, across: str, series: Sequence[Series]) -> str:
     frame = _Frame(x_low, x_high, y_low, y_high)
     said = "; ".join(f"{one.label}: from {one.points[0][1]:.4g} to {one.points[-1][1]:.4g}" for one in told)
     desc = f"{across} {min(xs):g} to {max(xs):g}. {said}."
-    lines = [*_grid(frame, across), f'<g clip-path="url(#{name}-frame)">', *(_drawn(one, frame) for one in told), "</g>"]
+    lines = [*_grid(frame), f'<g clip-path="url(#{name}-frame)">', *(_drawn(one, frame) for one in told), "</g>"]
     box = f'x="{LEFT - 4}" y="{TOP}" width="{WIDTH - LEFT - RIGHT + 8}" height="{HEIGHT - TOP - BOTTOM}"'  # a mark at the edge is whole
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{name}-title {name}-desc">'
@@ -52,7 +52,10 @@ def labels(values: Sequence[float]) -> list[str]:
     """Ticks in words, all with as many decimals as tell them apart."""
     step = abs(values[1] - values[0]) if len(values) > 1 else abs(values[0]) or 1.0
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return [f"{value:,.{decimals}f}" if decimals <= 4 else f"{value:.3g}" for value in values]
+    digits = decimals + math.floor(math.log10(max(map(abs, values), default=0) or 1))
+    if decimals <= 4 or digits > 2:
+        return [f"{value:,.{decimals}f}" for value in values]
+    return [f"{value:.{digits}e}".replace(".0e", "e").replace("e-0", "e-") if value else "0" for value in values]
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def _widened(low: float, high: float) -> tuple[float, float]:
     return low - around, high + around
 
 
-def _grid(frame: _Frame, across: str) -> list[str]:
+def _grid(frame: _Frame) -> list[str]:
     down, along = ticks(frame.y_low, frame.y_high), ticks(frame.x_low, frame.x_high, 6)
     lines = [f'<path class="grid" d="M{LEFT} {frame.y(value):.1f}H{WIDTH - RIGHT}"/>' for value in down]
     lines += [
@@ -104,7 +107,7 @@ def _grid(frame: _Frame, across: str) -> list[str]:
         at = frame.x(value)
         side = "end" if at > WIDTH - RIGHT - 24 else "middle"
         lines.append(f'<path class="axis" d="M{at:.1f} {foot}v5"/><text class="{side}" x="{at:.1f}" y="{foot + 21}">{label}</text>')
-    return [*lines, f'<text class="start" x="2" y="{foot + 21}">{escape(across)}</text>']
+    return lines
 
 
 def _drawn(series: Series, frame: _Frame) -> str:

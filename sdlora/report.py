@@ -23,10 +23,17 @@ from sdlora.errors import UserError
 WIDEST_PX = 1600
 MOST_ROWS = 20
 MOST_FINDINGS = 12
+MOST_PREVIEWS = 12
 STYLE = Path(__file__).parent / "report.css"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """What the page may load: nothing but what it holds."""
 KEYS = {"dots": "each step", "line": "smoothed", "marks": "validation"}
+PHASES = {
+    "Reading the pictures, loading the base": "loading",
+    "Encoding the pictures": "encoding",
+    "Training": "training",
+    "Drawing, and writing the pack": "drawing",
+}
 Row = Sequence[object]
 
 
@@ -61,8 +68,8 @@ def page(out: Path) -> str:
     parts = [
         ("What it learnt", _learnt),
         ("While it trained", _previews),
-        ("Loss", _loss),
-        ("Learning rate", _rate),
+        ("Loss by step", _loss),
+        ("Learning rate by step", _rate),
         ("Pictures", _pictures),
         ("Warnings", _warnings),
         ("Time", _time),
@@ -126,11 +133,13 @@ def _learnt(told: Told) -> str:
 def _previews(told: Told) -> str:
     """One preview a step, the latest of each; that of step 0 is the base."""
     latest = {event["step"]: event["data"].get("file") for event in told.of_kind("preview")}
-    shown = []
-    for step, file in sorted(latest.items()):
-        label = f"step {step:,}" if step else "the base, before the first step"
-        shown.append(_image(told.out, str(file), f"Preview at {label}", label))
-    return "".join(shown)
+    steps = sorted(step for step in latest if step)
+    every = max(1, -(-len(steps) // MOST_PREVIEWS))
+    kept = [*([0] if 0 in latest else []), *steps[::-every][::-1]]
+    labels = [f"step {step:,}" if step else "the base, before the first step" for step in kept]
+    shown = [_image(told.out, str(latest[step]), f"Preview at {label}", label) for step, label in zip(kept, labels, strict=True)]
+    more = f"<p class=soft>{len(latest) - len(kept)} others lie in the run folder.</p>" if len(kept) < len(latest) else ""
+    return "".join(shown) + more if any(shown) else ""
 
 
 def _loss(told: Told) -> str:
@@ -146,7 +155,7 @@ def _loss(told: Told) -> str:
     keys = "".join(f'<span class="key {one.look}">{KEYS[one.look]}</span>' for one in series)
     rows = [(f"{step:,}", _figure(losses[step]), _figure(smoothed[step]), _figure(held.get(step))) for step in _spread([*losses], [*held])]
     return f"<figure>{drawing}<figcaption>{keys}</figcaption></figure>" + _folded(
-        "The figures", _table(rows, ("step", "loss", "smoothed", "validation")[: 4 if held else 3])
+        "The figures", _table(rows, ("step", "loss", "smoothed", "validation")[: 4 if held else 3], "figures")
     )
 
 
@@ -156,7 +165,7 @@ def _rate(told: Told) -> str:
         return ""
     drawing = charts.chart("rate", "Learning rate by step", "step", [Series("learning rate", [*rates.items()], "line")])
     rows = [(f"{step:,}", f"{rates[step]:.3g}") for step in _spread([*rates])]
-    return f"<figure>{drawing}</figure>" + _folded("The figures", _table(rows, ("step", "learning rate")))
+    return f"<figure>{drawing}</figure>" + _folded("The figures", _table(rows, ("step", "learning rate"), "figures"))
 
 
 def _pictures(told: Told) -> str:
@@ -195,11 +204,14 @@ def _time(told: Told) -> str:
         return ""
     spans = _phases(record.sittings(told.log)[-1])
     whole = sum(spans.values()) or 1.0
-    bar = "".join(f'<i style="flex:{seconds / whole:.4f} 0 0"></i>' for seconds in spans.values())
-    rows = [(name, _duration(seconds), f"{seconds / whole:.0%}") for name, seconds in spans.items()]
+    bar = "".join(f'<i class="{PHASES[name]}" style="flex:{seconds / whole:.4f} 0 0"></i>' for name, seconds in spans.items())
+    rows = "".join(
+        f'<tr class="{PHASES[name]}"><td>{name}</td><td>{_duration(seconds)}</td><td>{seconds / whole:.0%}</td></tr>'
+        for name, seconds in spans.items()
+    )
     times = len(record.sittings(told.log))
     taken = f"<p>Taken up {times} times; this is the last.</p>" if times > 1 else ""
-    return taken + f'<div class="bar" aria-hidden="true">{bar}</div>' + _table(rows, ("", "time", "share"), "phases")
+    return f'{taken}<div class="bar" aria-hidden="true">{bar}</div><table class="figures phases"><tbody>{rows}</tbody></table>'
 
 
 def _phases(sitting: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -209,13 +221,9 @@ def _phases(sitting: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     begin = sitting[trained[0] - 1]["time"] if trained and trained[0] else last
     end = sitting[trained[-1]]["time"] if trained else last
     whole = sitting[-1]["data"].get("seconds", 0.0)
-    spans = {
-        "Reading the pictures, loading the base": whole - (last - first) if record.number(whole) else 0.0,
-        "Encoding the pictures": begin - first,
-        "Training": end - begin,
-        "Drawing, and writing the pack": last - end,
-    }
-    return {name: seconds for name, seconds in spans.items() if seconds > 0.05}
+    loading = whole - (last - first) if record.number(whole) else 0.0
+    spans = zip(PHASES, (loading, begin - first, end - begin, last - end), strict=True)
+    return {name: seconds for name, seconds in spans if seconds > 0.05}
 
 
 def _step_seconds(log: Sequence[Mapping[str, Any]]) -> float:
@@ -232,7 +240,7 @@ def _files(told: Told) -> str:
         rows.append((told.record.pack.name, "the pack", _bytes(told.record.pack)))
     kept = sorted(path for path in (told.out / "checkpoints").glob("ckpt-*") if path.is_dir())
     rows += [(f"checkpoints/{path.name}", "checkpoint", _bytes(path)) for path in kept]
-    return _table(rows, ("file", "", "size")) if rows else ""
+    return _table(rows, ("file", "", "size"), "figures") if rows else ""
 
 
 def _particulars(told: Told) -> str:
@@ -279,7 +287,8 @@ def _image(out: Path, name: str, alt: str, caption: str = "") -> str:
     data = base64.b64encode(buffer.getvalue()).decode()
     said = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     size = f'width="{small.width}" height="{small.height}"'
-    return f'<figure class="picture"><div><img alt="{escape(alt)}" {size} src="data:image/webp;base64,{data}"></div>{said}</figure>'
+    wide = "picture wide" if small.width > 2 * small.height or small.width >= 800 else "picture"
+    return f'<figure class="{wide}">{said}<div><img alt="{escape(alt)}" {size} src="data:image/webp;base64,{data}"></div></figure>'
 
 
 def _table(rows: Iterable[Row], heads: Sequence[str], kind: str = "") -> str:

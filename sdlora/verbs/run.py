@@ -53,24 +53,13 @@ def watch(run: Folder) -> None:
         from sdlora import record
 
         checked(run)
-        past, since = record.events(run)
-        one = record.read(run)
-        coming = () if past and past[-1]["kind"] in record.ENDS else record.follow(run, since)
         try:
-            with progress(console()) as shown:
-                bar = shown.add_task("training", total=one.steps or None, figures="", visible=False)
-                for event in past:
-                    if event["kind"] != "step":
-                        show(told(event), shown, bar)
-                if one.loss is not None:  # in one stride: the bar's speed is that of what it sees
-                    shown.update(bar, completed=one.step, visible=True, figures=f"loss {one.loss:.4f}", smooth=one.loss)
-                for event in coming:
-                    show(told(event), shown, bar)
+            attach(run)
         except KeyboardInterrupt:
-            say(f"no longer shown; whether it runs is unchanged. Look again with: sdlora run watch {run}")
+            say(f"no longer shown; the run itself is left as it was. Look again with: sdlora run watch {run}")
             return
         one = record.read(run)
-        say({"finished": f"pack: {one.pack}"}.get(one.state, f"{one.state} at step {one.step}. Go on with: sdlora resume {run}"))
+        say(f"pack: {one.pack}" if one.state == "finished" else f"{one.state} at step {one.step}. Go on with: sdlora resume {run}")
 
 
 @app.command()
@@ -85,6 +74,24 @@ def report(
         checked(run)
         report.write(run, out)
         say(str(out or run / "report.html"))
+
+
+def attach(run: Path) -> None:
+    """Show what was, and what comes until the run ends."""
+    from sdlora import record
+
+    past, since = record.events(run)
+    one = record.read(run)
+    with progress(console()) as shown:
+        bar = shown.add_task("training", total=one.steps or None, figures="", visible=False)
+        for event in past:
+            if event["kind"] != "step":
+                show(told(event), shown, bar)
+        if one.loss is not None:  # in one stride: the bar's speed is that of what it sees
+            shown.update(bar, completed=one.step, visible=True, figures=f"loss {one.loss:.4f}", smooth=one.loss)
+        if not past or past[-1]["kind"] not in record.ENDS:
+            for event in record.follow(run, since):
+                show(told(event), shown, bar)
 
 
 def checked(run: Path) -> None:
