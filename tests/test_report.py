@@ -75,7 +75,8 @@ def test_a_report_holds_what_the_folder_tells(tmp_path: Path) -> None:
     page = report.page(runs.write(tmp_path / "run"))
     text = " ".join(read(page).text.split())
     for said in ["mira", "finished", "0.50 times", "40 of 40", "Loss by step", "validation", "Learning rate", "same-framing", "blurred",
-                 "The file is empty.", "the sky is falling", "Training", "3 layers adapted", "21 s", "0.50 s", 'kind = "character"']:  # fmt: skip
+                 "The file is empty.", "the sky is falling", "Training", "3 layers adapted", "21 s", "0.50 s",
+                 'kind = "character"']:  # fmt: skip
         assert said in text, said
     assert text.index("blurred") < text.index("same-framing"), "the worst first"
     assert "damaged" not in text
