@@ -45,6 +45,11 @@ def runs(root: Path) -> list[Record]:
 
 def read(out: Path) -> Record:
     """One run. A torn log or unreadable settings are no error: whatever else is there is told."""
+    return read_whole(out)[0]
+
+
+def read_whole(out: Path) -> tuple[Record, list[dict[str, Any]]]:
+    """One run, and all of its log."""
     log, _, unread = _read(out, 0)
     try:
         table = settings.read(out / "config.toml")
@@ -53,7 +58,7 @@ def read(out: Path) -> Record:
     name, losses = str(table.get("name") or out.name), list(curve(log).values())
     state = ENDS.get(log[-1]["kind"], "") if log else ""
     pack = out / f"{Path(name).name}.safetensors"
-    return Record(
+    one = Record(
         "".join(letter if letter.isprintable() else "?" for letter in name),
         out,
         state or ("running" if is_running(out) else "stopped") if table else "unreadable",
@@ -67,6 +72,7 @@ def read(out: Path) -> Record:
         pack if pack.is_file() else None,
         unread,
     )
+    return one, log
 
 
 def is_run(folder: Path) -> bool:

@@ -63,8 +63,8 @@ def page(out: Path) -> str:
         table = settings.read(out / "config.toml")
     except UserError:
         table = {}
-    one = record.read(out)
-    told = Told(out, one, record.events(out)[0], table, _json(out / "ledger.json"), _json(out / "environment.json"))
+    one, log = record.read_whole(out)
+    told = Told(out, one, log, table, _json(out / "ledger.json"), _json(out / "environment.json"))
     parts = [
         ("What it learnt", _learnt),
         ("While it trained", _previews),
@@ -288,7 +288,7 @@ def _image(out: Path, name: str, alt: str, caption: str = "") -> str:
     said = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     size = f'width="{small.width}" height="{small.height}"'
     wide = "picture wide" if small.width > 2 * small.height or small.width >= 800 else "picture"
-    return f'<figure class="{wide}">{said}<div><img alt="{escape(alt)}" {size} src="data:image/webp;base64,{data}"></div></figure>'
+    return f'<figure class="{wide}">{said}<div tabindex="0"><img alt="{escape(alt)}" {size} src="data:image/webp;base64,{data}"></div></figure>'
 
 
 def _table(rows: Iterable[Row], heads: Sequence[str], kind: str = "") -> str:
