@@ -286,9 +286,9 @@ def _image(out: Path, name: str, alt: str, caption: str = "") -> str:
         return ""
     data = base64.b64encode(buffer.getvalue()).decode()
     said = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    size = f'width="{small.width}" height="{small.height}"'
+    source = f'width="{small.width}" height="{small.height}" src="data:image/webp;base64,{data}"'
     wide = "picture wide" if small.width > 2 * small.height or small.width >= 800 else "picture"
-    return f'<figure class="{wide}">{said}<div tabindex="0"><img alt="{escape(alt)}" {size} src="data:image/webp;base64,{data}"></div></figure>'
+    return f'<figure class="{wide}">{said}<div tabindex="0"><img alt="{escape(alt)}" {source}></div></figure>'
 
 
 def _table(rows: Iterable[Row], heads: Sequence[str], kind: str = "") -> str:
