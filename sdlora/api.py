@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdlora import config, family, job, pictures, safeio, settings
+from sdlora import config, family, job, pictures, record, safeio, settings
 from sdlora.config import Run
 from sdlora.data import edits, ledger, page
 from sdlora.data.edits import Edit
@@ -20,6 +20,7 @@ from sdlora.events import Event
 from sdlora.generate import Recipe
 from sdlora.packs import file
 from sdlora.packs.file import Pack
+from sdlora.record import Record
 from sdlora.settings import override
 from sdlora.stop import Stop
 from sdlora.studio import Studio, parse_pack, parse_scale
@@ -29,12 +30,14 @@ __all__ = [
     "Event",
     "Pack",
     "Recipe",
+    "Record",
     "Run",
     "Stop",
     "Studio",
     "UserError",
     "check",
     "edit_captions",
+    "events",
     "grid",
     "open_pack",
     "open_studio",
@@ -42,6 +45,7 @@ __all__ = [
     "parse_pack",
     "parse_scale",
     "read_settings",
+    "runs",
     "save_picture",
     "save_sheet",
     "save_text",
@@ -76,6 +80,16 @@ def train(run: Run, out: Path, stop: Stop | None = None) -> Iterator[Event]:
     A run is stopped by setting `stop.stop`, or by a file called `stop` in its folder: it saves, and `stopped` is its last event.
     """
     return job.run(run, family.find(run.base), out, stop)
+
+
+def runs(root: Path) -> list[Record]:
+    """The runs in a folder and below it, the newest first."""
+    return record.runs(root)
+
+
+def events(run: Path, since: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """What a run folder's log holds from a byte on, and the byte to ask from next: whoever shows a run that goes on asks now and then."""
+    return record.events(run, since)
 
 
 def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:

@@ -11,7 +11,7 @@ import typer
 
 from sdlora.errors import UserError
 from sdlora.terminal import console, progress, say, show, shown_errors
-from sdlora.verbs import data
+from sdlora.verbs import data, run
 
 if TYPE_CHECKING:  # torch takes seconds to import: `sdlora --help` must not
     from sdlora.api import Run, Studio
@@ -23,6 +23,7 @@ app = typer.Typer(
     help="Teach Stable Diffusion a character or a style, and see it work.",
 )
 app.add_typer(data.app, name="data")
+app.add_typer(run.app, name="run")
 TINY = (
     "tiny, the embedded base, draws 64 px icons, to show that all works. For real pictures name a Stable Diffusion 1.x model with --base."
 )

@@ -102,6 +102,20 @@ class Train(Settings):
     on_nonfinite: Literal["skip", "stop"] = "skip"
     """When a loss or gradient is not finite, that step moves nothing and the cause is looked for. skip: a picture that is the cause is
     left out from then on, and a lapse of half precision is passed over; stop: the run ends there. Weights that diverge always end it."""
+    trackers: list[str] = Field(default=[])
+    """Programs that the figures of the run are told to, such as `tensorboard`; what they write lies in the run folder's `trackers`."""
+
+    @field_validator("trackers")
+    @classmethod
+    def _are_known(cls, value: list[str]) -> list[str]:
+        if value:
+            from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+            for name in value:
+                if name not in LOGGER_TYPE_TO_CLASS:
+                    near = lookup.nearest(name, LOGGER_TYPE_TO_CLASS)
+                    raise ValueError(f'no tracker called "{name}"{near}; there are {", ".join(LOGGER_TYPE_TO_CLASS)}')
+        return list(dict.fromkeys(value))
 
 
 class Validation(Settings):

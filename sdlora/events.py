@@ -1,5 +1,6 @@
 """What a run tells whoever iterates over it; each event is also a line of `events.jsonl`."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -33,7 +34,13 @@ class Log:
     path: Path
     waiting: list[str] = field(default_factory=list)
 
-    def add(self, event: Event) -> None:
+    def __post_init__(self) -> None:
+        with contextlib.suppress(OSError):  # there is no log yet
+            if self.path.read_bytes()[-1:] not in (b"", b"\n"):
+                self.waiting.append("")  # a crash tore the last line: it ends here, and takes nothing with it
+
+    def add(self, event: Event) -> dict[str, Any]:
+        """Write an event; returns what the log holds of it."""
         record = {"time": round(time.time(), 3)} | {k: v for k, v in dataclasses.asdict(event).items() if v not in ("", None, {})}
         self.waiting.append(json.dumps(record))
         try:
@@ -43,6 +50,7 @@ class Log:
                 raise
         else:
             self.waiting.clear()
+        return record
 
 
 def patiently(write: Callable[[], T], stop: Stop) -> Generator[Event, None, T]:

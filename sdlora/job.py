@@ -1,5 +1,6 @@
 """One run from a folder of pictures to a finished pack: everything around the loop, told as events."""
 
+import contextlib
 import importlib.metadata
 import itertools
 import json
@@ -16,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdlora import devices, family, lock, lookup, pictures, preview, safeio, settings, state
+from sdlora import devices, family, lock, lookup, pictures, preview, report, safeio, settings, state
 from sdlora.adapter import Bank, choose_sites
 from sdlora.config import Run, flat, parse, to_toml
 from sdlora.course import Course
@@ -31,6 +32,7 @@ from sdlora.packs import file, metadata
 from sdlora.randomness import stream
 from sdlora.stop import Stop
 from sdlora.studio import Studio
+from sdlora.trackers import Trackers
 from sdlora.train import Goal, Learner, Setup
 from sdlora.validation import HeldOut
 
@@ -38,6 +40,8 @@ T = TypeVar("T")
 Latents = Sequence[tuple[Tensor, Tensor]]
 """Mean and standard deviation (C, h, w) of each picture's."""
 HIGH_RATE = 0.1
+REPORTED = ("preview", "stopped", "done")
+"""Events after which the report is written anew."""
 RECORDED = ("sdlora", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 
 
@@ -58,6 +62,7 @@ def run(settled: Run, base: Base, out: Path, stop: Stop | None = None) -> Iterat
     began = time.time()
     accelerator, dtype = devices.for_training(given(settled.train.precision))
     check_folder(settled, out)
+    trackers = Trackers(settled.train.trackers, settled.name, out / "trackers")
     with lock.held(out) as unlocked:
         notes = check_folder(settled, out)
         found = ledger.read_dataset(settled, out / "cache")
@@ -66,14 +71,24 @@ def run(settled: Run, base: Base, out: Path, stop: Stop | None = None) -> Iterat
         doubtful = [Event("warning", doubt) for doubt in doubts(settled, loaded, job.names)]
         prepare_folder(settled, out, accelerator.device)
         log = Log(out / "events.jsonl")
+        said = [Event("note", note) for note in notes] + [Event("warning", unlocked)] * bool(unlocked) + doubtful
         try:
-            said = [Event("note", note) for note in notes] + [Event("warning", unlocked)] * bool(unlocked) + doubtful
-            for event in itertools.chain(said, _train(job, loaded, accelerator, stop or Stop())):
-                log.add(event)
-                yield event
+            with trackers:
+                for event in itertools.chain(said, _train(job, loaded, accelerator, stop or Stop())):
+                    trackers.tell(log.add(event))
+                    if event.kind in REPORTED:
+                        write_report(out)
+                    yield event
         except UserError as error:
             log.add(Event("failed", str(error)))
+            write_report(out)
             raise
+
+
+def write_report(out: Path) -> None:
+    """Write `report.html`, unless the disk refuses: it can be had again of the run folder at any time, and ends no run."""
+    with contextlib.suppress(UserError):
+        report.write(out)
 
 
 def check_folder(settled: Run, out: Path) -> list[str]:

@@ -223,6 +223,14 @@ def test_events_that_found_no_room_are_written_later(tmp_path: Path, monkeypatch
     assert [json.loads(line)["text"] for line in log.path.read_text().splitlines()] == ["first", "second"]
 
 
+def test_a_torn_line_takes_no_other_with_it(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"kind": "note"}\n{"kind": "no')
+    events.Log(tmp_path / "events.jsonl").add(Event("note", "next"))
+    events.Log(tmp_path / "events.jsonl").add(Event("note", "last"))
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("text") for line in lines if line != '{"kind": "no'] == [None, "next", "last"]
+
+
 # ---------------------------------------------------------------- measuring and looking
 
 

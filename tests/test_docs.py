@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer import Typer
 from typer.testing import CliRunner
 
 from sdlora.cli import app
@@ -29,14 +30,20 @@ def test_a_stale_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_verb_and_option_in_the_readme_exists() -> None:
-    verbs = {command.name or command.callback.__name__: command for command in app.registered_commands if command.callback}
-    lines = re.findall(r"^sdlora (\w+)(.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert lines
-    for verb, rest in lines:
-        assert verb in verbs
-        told = CliRunner().invoke(app, [verb, "--help"]).output
+    verbs = [[name] for name in names(app)]
+    verbs += [[group.name or "", name] for group in app.registered_groups if group.typer_instance for name in names(group.typer_instance)]
+    lines = re.findall(r"^sdlora (\w+)(?: (\w+))?(.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert any([verb, inner] in verbs for verb, inner, _ in lines)
+    for verb, inner, rest in lines:
+        words = [verb, inner] if [verb, inner] in verbs else [verb]
+        assert words in verbs
+        told = CliRunner().invoke(app, [*words, "--help"]).output
         for option in re.findall(r"(--[a-z-]+)", rest.partition("#")[0]):
             assert option in told, f"{verb} has no {option}"
+
+
+def names(app: Typer) -> list[str]:
+    return [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
 
 
 def test_links_in_the_documents_lead_somewhere() -> None:

@@ -14,11 +14,17 @@ LAYERS = [
     "errors", "lookup", "settings", "randomness", "safeio", "lock", "stop", "events", "defaults", "config",
     "adapter", "family", "objective", "families", "adapters", "objectives",
     "devices", "data", "generate", "optim", "packs", "pictures", "score",
+    "record", "charts", "report", "trackers",
     "train", "state", "validation", "diagnose", "studio", "preview", "course", "job", "api", "terminal", "verbs", "cli",
 ]  # fmt: skip
 """Bottom up; a module imports only from modules before its own."""
 CHOICES = ("families", "adapters", "objectives")
-LATE_IMPORTS = {("sdlora.family", "_download"), ("sdlora.config", "_is_a_colour"), ("sdlora.lock", "_lock")}
+LATE_IMPORTS = {
+    ("sdlora.family", "_download"),
+    ("sdlora.config", "_is_a_colour"),
+    ("sdlora.config", "_are_known"),
+    ("sdlora.lock", "_lock"),
+}
 """Functions that import for themselves, because few runs need, or not every system has, what they import."""
 ENTRANCES = ("sdlora.cli", "sdlora.verbs", "webui.app")
 """Modules that import late: help must not wait for torch, and gradio reads the environment when it is imported."""

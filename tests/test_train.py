@@ -435,6 +435,7 @@ ELSEWHERE = {  # which test shows it
     "data.shuffle_tags": "test_captions: tags are mixed as is set",
     "data.keep_tokens": "test_captions: tags are mixed as is set",
     "data.tag_dropout": "test_captions: tags are dropped as often as is set",
+    "train.trackers": "test_trackers: trackers are told the figures",
     "preview.every": "test_course: previews change nothing",
     "train.on_nonfinite": "test_course: a broken picture is named and left out",
     "validation.patience": "test_course: training ends when the loss falls no more",

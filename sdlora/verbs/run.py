@@ -1,0 +1,107 @@
+"""`sdlora run ...`: what became of runs, and how one is going. None of it loads torch."""
+
+import dataclasses
+import json
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from sdlora.errors import UserError
+from sdlora.terminal import console, progress, say, show, shown_errors
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="See what became of runs, and how one is going.")
+
+Folder = Annotated[Path, typer.Argument(help="run folder", metavar="RUN")]
+
+
+@app.command("list")
+def list_(
+    root: Annotated[Path, typer.Argument(help="folder with runs in it", metavar="DIR")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="print all of it as JSON")] = False,
+) -> None:
+    """List the runs in a folder, the newest first."""
+    with shown_errors():
+        from sdlora import record
+
+        if not root.is_dir():
+            raise UserError("E-RUN-05", "there is no such folder", root, "name the folder that holds your runs")
+        found = record.runs(root)
+        if as_json:
+            typer.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=1, default=str))
+            return
+        if not found:
+            say(f"no run lies in {root}")
+            return
+        table = Table("run", "state", "step", "loss", "began", "pack", box=None, pad_edge=False, header_style="bold")
+        for one in found:
+            began = f"{datetime.fromtimestamp(one.started):%Y-%m-%d %H:%M}" if one.started else ""
+            loss = f"{one.loss:.4f}" if one.loss is not None else ""
+            cells = (one.name, one.state, f"{one.step}/{one.steps}", loss, began, str(one.pack or f"none in {one.folder}"))
+            table.add_row(*(Text(cell, overflow="fold") for cell in cells))
+        console().print(table)
+
+
+@app.command()
+def watch(run: Folder) -> None:
+    """Show how a run is going until it ends. Ctrl-C only stops the showing."""
+    with shown_errors():
+        from sdlora import record
+
+        checked(run)
+        try:
+            attach(run)
+        except KeyboardInterrupt:
+            say(f"no longer shown; the run itself is left as it was. Look again with: sdlora run watch {run}")
+            return
+        one = record.read(run)
+        say(f"pack: {one.pack}" if one.state == "finished" else f"{one.state} at step {one.step}. Go on with: sdlora resume {run}")
+
+
+@app.command()
+def report(
+    run: Folder,
+    out: Annotated[Optional[Path], typer.Option(help="page to write; default: report.html in the run folder", metavar="F.html")] = None,
+) -> None:
+    """Write the report of a run again: one page that needs no other file."""
+    with shown_errors():
+        from sdlora import report
+
+        checked(run)
+        report.write(run, out)
+        say(str(out or run / "report.html"))
+
+
+def attach(run: Path) -> None:
+    """Show what was, and what comes until the run ends."""
+    from sdlora import record
+
+    past, since = record.events(run)
+    one = record.read(run)
+    with progress(console()) as shown:
+        bar = shown.add_task("training", total=one.steps or None, figures="", visible=False)
+        for event in past:
+            if event["kind"] != "step":
+                show(told(event), shown, bar)
+        if one.loss is not None:  # in one stride: the bar's speed is that of what it sees
+            shown.update(bar, completed=one.step, visible=True, figures=f"loss {one.loss:.4f}", smooth=one.loss)
+        if not past or past[-1]["kind"] not in record.ENDS:
+            for event in record.follow(run, since):
+                show(told(event), shown, bar)
+
+
+def checked(run: Path) -> None:
+    """Raise `UserError` if this is no run folder."""
+    from sdlora import record
+
+    if not record.is_run(run):
+        raise UserError("E-RUN-04", "no run lies here: config.toml or events.jsonl is missing", run, "`sdlora run list` shows the runs")
+
+
+def told(event: dict[str, Any]) -> Any:
+    """A line of the log in the form that the terminal shows."""
+    return SimpleNamespace(**event)
