@@ -13,7 +13,8 @@ from PIL import Image
 
 from sdlora import config, family, job, pictures, safeio, settings
 from sdlora.config import Run
-from sdlora.data import edits, ledger, page
+from sdlora.data import captioning, edits, ledger, page
+from sdlora.data.captioning import Captioning
 from sdlora.data.edits import Edit
 from sdlora.errors import UserError
 from sdlora.generate import Recipe
@@ -24,6 +25,7 @@ from sdlora.settings import override
 from sdlora.studio import Studio, parse_pack, parse_scale
 
 __all__ = [
+    "Captioning",
     "Edit",
     "Event",
     "Pack",
@@ -31,6 +33,7 @@ __all__ = [
     "Run",
     "Studio",
     "UserError",
+    "caption_folder",
     "check",
     "edit_captions",
     "grid",
@@ -137,6 +140,11 @@ def edit_captions(folder: Path, edit: Edit, write: bool) -> list[edits.Change]:
     if write:
         edits.apply(changes)
     return changes
+
+
+def caption_folder(folder: Path, how: Captioning) -> tuple[int, Iterator[captioning.Written]]:
+    """Caption the pictures of a folder that have no caption: how many are left as they are, and (picture, caption) as each is written."""
+    return captioning.caption(folder, how)
 
 
 def settings_text(run: Run) -> str:
