@@ -14,7 +14,7 @@ FILES = ()
 class Name(Captioner):
     def caption(self, path: Path, picture: Image.Image) -> str:
         words = re.split(r"[-_.()\[\]\s]+", path.stem)
-        return " ".join(word for word in words if not word.isdecimal())  # numbers tell files apart, not pictures
+        return " ".join(word for word in words if not word.isdecimal()).strip(" ,")  # numbers tell files apart, not pictures
 
 
 def load(*_: object) -> Captioner:
