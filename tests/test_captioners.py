@@ -100,6 +100,7 @@ def test_overwriting_is_what_training_says(tmp_path: Path) -> None:
     ("files", "overwrite"),
     [
         ({}, False), ({"x.txt": "mine"}, True), ({"x.png.txt": "mine"}, False), ({"x.png.txt": "mine", "x.txt": "mine"}, True),
+        ({"x.png.TXT": "mine", "x.txt": "mine"}, True),
         ({"metadata.jsonl": lines({"file_name": "x"})}, False), ({"metadata.jsonl": lines({"file_name": "x", "text": "mine"})}, True),
     ],
 )  # fmt: skip
@@ -111,6 +112,8 @@ def test_pictures_of_one_name_get_captions_of_their_own(files: Files, overwrite:
     assert captions(tmp_path) == {"x.jpg": ("new x",), "x.png": kept if kept and not overwrite else ("new x",)}
     if "x.txt" in files:
         assert (tmp_path / "x.txt").read_text() == "mine"
+    if "metadata.jsonl" in files:
+        assert [json.loads(line)["file_name"] for line in (tmp_path / "metadata.jsonl").open()] == ["x", "x.jpg", "x.png"]
 
 
 TABLE = (
