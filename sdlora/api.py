@@ -13,7 +13,8 @@ from PIL import Image
 
 from sdlora import config, family, job, pictures, record, safeio, settings
 from sdlora.config import Run
-from sdlora.data import edits, ledger, page
+from sdlora.data import captioning, edits, ledger, page
+from sdlora.data.captioning import Captioning
 from sdlora.data.edits import Edit
 from sdlora.errors import UserError
 from sdlora.events import Event
@@ -26,6 +27,7 @@ from sdlora.stop import Stop
 from sdlora.studio import Studio, parse_pack, parse_scale
 
 __all__ = [
+    "Captioning",
     "Edit",
     "Event",
     "Pack",
@@ -35,6 +37,7 @@ __all__ = [
     "Stop",
     "Studio",
     "UserError",
+    "caption_folder",
     "check",
     "edit_captions",
     "events",
@@ -156,6 +159,11 @@ def edit_captions(folder: Path, edit: Edit, write: bool) -> list[edits.Change]:
     if write:
         edits.apply(changes)
     return changes
+
+
+def caption_folder(folder: Path, how: Captioning) -> tuple[int, Iterator[captioning.Written]]:
+    """Caption the pictures of a folder that have no caption: how many are left as they are, and (picture, caption) as each is written."""
+    return captioning.caption(folder, how)
 
 
 def settings_text(run: Run) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from sdlora import lookup
+from sdlora import hub, lookup
 from sdlora.adapter import frozen_layers
 from sdlora.errors import UserError
 
@@ -150,22 +149,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _download(name: str) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not hub.is_id(name):
         raise UserError(
             "E-BASE-01",
             f'no base called "{name}": no such folder, and no hub id (owner/name)',
             "base",
             "use tiny, a diffusers folder, or a hub id",
         )
-    from huggingface_hub import snapshot_download  # only here is the network ever used
-
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
-    except Exception as error:  # the hub's client raises whatever its layers raise; the user needs one sentence
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return hub.download(name, FILES)
+    except hub.UnreachableError as error:
         raise UserError(
             "E-BASE-06",
-            f'"{name}" is no folder here and could not be had from the hub: {reason}',
+            f'"{name}" is no folder here and could not be had from the hub: {error}',
             "base",
             "check the name and the connection, or name a folder",
         ) from error

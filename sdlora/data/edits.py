@@ -58,17 +58,10 @@ def plan(folder: Path, change: Edit) -> list[Change]:
 def apply(changes: Sequence[Change]) -> None:
     """Write a plan, each file whole or not at all; nothing at all if a file is no longer what it was when the plan was made."""
     for path, before, _ in changes:
-        if _now(path) != before:
+        if texts.current(path) != before:
             raise UserError("E-DATA-08", "this caption has changed since the plan was made; nothing is written", path, "plan again")
     for path, _, after in changes:
         safeio.write(path, after)
-
-
-def _now(path: Path) -> str | None:
-    try:
-        return texts.read(path)
-    except texts.BadTextError:
-        return None
 
 
 def _lines(text: str) -> list[str]:

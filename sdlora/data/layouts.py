@@ -8,7 +8,7 @@ A caption comes from the first of these that says something: `NAME.txt`, `NAME.c
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdlora.data import reasons, tables, texts
@@ -31,6 +31,7 @@ class Picture:
     mask: Path | None
     repeats: int
     notes: tuple[str, ...]
+    source: Path | None  # the file that says the captions; none where the folder's name does, or nothing
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Layout:
     lost: Sequence[Found]  # named as pictures, and cannot be read
     strays: Sequence[Found]  # captions and masks of no picture, and formats that are not read
     problems: Sequence[str]  # to be put right before anything is used
+    unlisted: Sequence[str]  # the same, but a caption for a picture puts it right
 
 
 def understand(root: Path, found: Sequence[Found]) -> Layout:
@@ -53,7 +55,7 @@ def understand(root: Path, found: Sequence[Found]) -> Layout:
     listed = [tables.read(one.path) for one in roles["table"]]
     sources, problems = _sources(root, [one.path for one in roles["text"] if _keys(one.path)[1] in keys], listed)
     said = {one.path: _of(one.path, sources) for one in roles["picture"]}
-    problems += _mismatches(root, listed, keys, said)
+    problems += _unknown(root, listed, keys)
     some = any(source.captions for each in said.values() for source in each)
     strays = [one.noting("orphan-caption") for one in roles["text"] if _keys(one.path)[1] not in keys]
     strays += [one.noting("orphan-mask") for one in roles["mask"] if _mask_key(one.path) not in keys]
@@ -64,6 +66,7 @@ def understand(root: Path, found: Sequence[Found]) -> Layout:
         roles["lost"],
         sorted(strays, key=lambda one: one.path),
         problems,
+        list(_unlisted(root, listed, said)),
     )
 
 
@@ -107,14 +110,14 @@ def _sources(root: Path, files: Sequence[Path], listed: Sequence[Table]) -> tupl
     problems = []
     for path in files:
         try:
-            sources[_keys(path)[1]].append((TEXTS.index(path.suffix.lower()), texts.caption_file(path)))
+            sources[_keys(path)[1]].append((TEXTS.index(path.suffix.lower()), replace(texts.caption_file(path), source=path)))
         except texts.BadTextError as error:
             problems.append(f"{_shown(path, root)}: {error}")
     order = list(tables.READERS)
     nearest = sorted(listed, key=lambda table: (-len(table.path.parts), order.index(table.path.name.lower())))
     for place, table in enumerate(nearest, len(TEXTS)):
         for name, said in table.said.items():
-            sources[_entry(table, name)].append((place, said))
+            sources[_entry(table, name)].append((place, replace(said, source=table.path)))
         problems += [f"{_shown(table.path, root)}: {problem}" for problem in table.problems]
     return sources, problems
 
@@ -128,12 +131,17 @@ def _of(path: Path, sources: Sources) -> list[Said]:
     return [said for _, said in sorted((entry for key in _keys(path) for entry in sources.get(key, [])), key=lambda entry: entry[0])]
 
 
-def _mismatches(root: Path, listed: Sequence[Table], keys: set[str], said: dict[Path, list[Said]]) -> Iterator[str]:
-    """Entries without a picture, and pictures without the entry that they ought to have."""
+def _unknown(root: Path, listed: Sequence[Table], keys: set[str]) -> Iterator[str]:
+    """Entries without a picture."""
     for table in listed:
         for name in table.said:
             if _entry(table, name) not in keys:
                 yield f"{_shown(table.path, root)}: {shown(name)} is not in the folder"
+
+
+def _unlisted(root: Path, listed: Sequence[Table], said: dict[Path, list[Said]]) -> Iterator[str]:
+    """Pictures without the entry that they ought to have."""
+    for table in listed:
         if table.names_all and not table.problems:  # of a line that cannot be read, nobody knows which picture it means
             for path, sources in said.items():
                 if not sources and path.is_relative_to(table.path.parent):
@@ -142,7 +150,8 @@ def _mismatches(root: Path, listed: Sequence[Table], keys: set[str], said: dict[
 
 def _picture(root: Path, one: Found, sources: Sequence[Said], mask: Path | None, some: bool) -> Picture:
     repeats, title = _kohya(root, one.path)
-    captions = next((said.captions for said in sources if said.captions), ())
+    first = next((said for said in sources if said.captions), Said(()))
+    captions = first.captions
     codes = [note for said in sources for note in said.notes]
     if len(sources) > 1:
         codes.append("several-caption-sources")
@@ -151,7 +160,7 @@ def _picture(root: Path, one: Found, sources: Sequence[Said], mask: Path | None,
         codes.append("caption-from-folder")
     elif not captions and some and "caption-empty" not in codes:
         codes.append("caption-missing")
-    return Picture(one.path, captions, mask, repeats, one.noting(*codes).notes)
+    return Picture(one.path, captions, mask, repeats, one.noting(*codes).notes, first.source)
 
 
 def _kohya(root: Path, path: Path) -> tuple[int, str]:

@@ -106,7 +106,7 @@ def scan_all(folders: Sequence[Folder], skip_unreadable: bool, unpacked: Path) -
     left_out += [one for one in decoded if isinstance(one, LeftOut)]
     strays = [LeftOut(one.path, one.notes) for layout in layouts for one in layout.strays]
     account = Account(used, left_out, strays, roots)
-    problems = [problem for layout in layouts for problem in layout.problems]
+    problems = [problem for layout in layouts for problem in [*layout.problems, *layout.unlisted]]
     _refuse(account, problems, skip_unreadable, ", ".join(map(str, paths)))
     return account
 
@@ -151,20 +151,21 @@ def _refuse(account: Account, problems: Sequence[str], skip_unreadable: bool, wh
     """Raise what stands in the way of a run, all of it at once."""
     bad = [] if skip_unreadable else [f"{account.name(out.path)}: {out.detail or ', '.join(out.why)}" for out in account.left_out]
     found = len(account.used) + len(account.left_out)
-    wrong = [f"{len(bad)} of {found} pictures cannot be used: {_listed(bad)}"] if bad else []
+    wrong = [f"{len(bad)} of {found} pictures cannot be used: {listed(bad)}"] if bad else []
     if problems:
-        wrong.append(f"{len(problems)} faults in captions: {_listed(problems)}")
+        wrong.append(f"{len(problems)} faults in captions: {listed(problems)}")
     if wrong:
         todo = "mend or remove them" + (", or leave such pictures out with --set data.skip_unreadable=true" if bad else "")
         raise UserError("E-DATA-04" if problems else "E-DATA-03", "; ".join(wrong), where, todo)
     if not account.used:
         unread = [account.name(out.path) for out in account.strays if "format-not-read" in out.why]
-        what = "no usable picture in this folder" + (f"; formats that are not read: {_listed(unread)}" if unread else "")
+        what = "no usable picture in this folder" + (f"; formats that are not read: {listed(unread)}" if unread else "")
         raise UserError("E-DATA-02", what, where, f"pictures end in {', '.join(sorted(SUFFIXES))}")
     if all(item.regularisation or item.held_out for item in account.used):
         what = "all pictures are for regularisation or validation, none shows what is learnt"
         raise UserError("E-DATA-02", what, where, "name a folder of those too")
 
 
-def _listed(lines: Sequence[str]) -> str:
+def listed(lines: Sequence[str]) -> str:
+    """Problems in one line, the first of them where there are many."""
     return "; ".join(lines[:LISTED]) + (f"; and {len(lines) - LISTED} more" if len(lines) > LISTED else "")

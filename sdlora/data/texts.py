@@ -27,11 +27,20 @@ class Said:
 
     captions: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    source: Path | None = None  # the file that says it, where it was read from one
 
 
 def read(path: Path) -> str:
     """The text of a file, without a byte order mark. Raises `BadTextError`."""
     return decode(_content(path))
+
+
+def current(path: Path) -> str | None:
+    """The text that a file holds now; None where there is none that can be read."""
+    try:
+        return read(path)
+    except BadTextError:
+        return None
 
 
 def caption_file(path: Path) -> Said:

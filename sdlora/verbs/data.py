@@ -27,3 +27,24 @@ def edit(
         for path, before, after in changes:
             say(f"{path}\n- {before.strip()}\n+ {after.strip()}")
         say(f"{len(changes)} caption files {'changed' if write else 'would change; --write does it'}")
+
+
+@app.command()
+def caption(
+    folder: Annotated[Path, typer.Argument(help="folder with the pictures", metavar="DIR")],
+    by: Annotated[str, typer.Option("--with", help="name (the file's), florence2 (sentences) or wd14 (tags)")],
+    model: Annotated[str, typer.Option(help="folder or hub id of its model; default: one that is downloaded once")] = "",
+    prefix: Annotated[str, typer.Option(help="text before each caption; [trigger] stands for the run's trigger")] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="new captions for pictures that have one, too")] = False,
+) -> None:
+    """Give captions to the pictures of a folder that have none, as .txt files or in its metadata.jsonl."""
+    with shown_errors():
+        from sdlora import api
+        from sdlora.data.walk import shown
+
+        left, written = api.caption_folder(folder, api.Captioning(by, model, prefix, overwrite))
+        captions = []
+        for path, text in written:
+            say(f"{shown(path)}: {text or f'nothing written, for {by} has nothing to say of it'}")
+            captions.append(text)
+        say(f"{sum(map(bool, captions))} captions written, {left + captions.count('')} pictures left as they were")
