@@ -30,8 +30,8 @@ from sdlora.studio import Studio
 from sdlora.train import Goal, Learner, Trained, steps
 
 T = TypeVar("T")
-Latents = Sequence[tuple[Tensor, Tensor]]
-"""Mean and standard deviation (C, h, w) of each picture's."""
+Latents = Sequence[Sequence[tuple[Tensor, Tensor]]]
+"""Mean and standard deviation (C, h, w) of each picture's variants."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,9 @@ def _train(job: Job, loaded: Family, accelerator: Accelerator, notes: list[str])
     safeio.write(job.out / "ledger.json", json.dumps(ledger.ledger(dataset, settled, loaded, found), indent=1))
     for finding in (one for one in found if one.severity == "warn"):
         yield Event("warning", ledger.said(finding))
-    wanted = (dataset.account.used, dataset.sizes, settled.data.ground, loaded, job.out / "cache")
-    latents = cache.latents(*wanted)
-    flipped = cache.latents(*wanted, flip=True) if settled.data.flip else []
+    latents = cache.latents(dataset.account.used, dataset.variants, settled.data.ground, loaded, job.out / "cache")
     bank = Bank(loaded.components)
-    learner = new_learner(job, loaded, bank, accelerator, latents, flipped)
+    learner = new_learner(job, loaded, bank, accelerator, latents)
     yield Event("note", adapted(bank, settled.name, loaded))
     first, damaged = state.restore(job.out, [learner])
     for path in damaged:
@@ -163,12 +161,12 @@ def sites(settled: Run, loaded: Family) -> list[str]:
     return names
 
 
-def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, latents: Latents, flipped: Latents = ()) -> Learner:
+def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, latents: Latents) -> Learner:
     """Put a fresh adapter on the bank, with its data and optimizer."""
     settled, train = job.settled, job.settled.train
     kind = lookup.find("adapters", settled.adapter.model_dump()["kind"])
     bank.add(settled.name, kind, settled.adapter, job.names, lambda dotted: stream(settled.seed, f"init/{dotted}"))
-    data = prepared(job, loaded, latents, flipped)
+    data = prepared(job, loaded, latents)
     groups = [
         (bank.parameters(settled.name, "unet."), given(train.lr)),
         (bank.parameters(settled.name, "text_encoder."), given(train.text_encoder_lr)),
@@ -176,7 +174,7 @@ def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, 
     return Learner(settled.name, data, bank.parameters(settled.name), accelerator.prepare(adamw(groups, train)))
 
 
-def prepared(job: Job, loaded: Family, latents: Latents, flipped: Latents = ()) -> Prepared:
+def prepared(job: Job, loaded: Family, latents: Latents) -> Prepared:
     """The pictures and captions of a run as its training draws from them."""
     settled, items, numbers = job.settled, job.dataset.account.used, itertools.count()
     said, kept = [*itertools.chain.from_iterable(job.dataset.captions)], given(settled.data.prior_prompts)
@@ -200,15 +198,20 @@ def prepared(job: Job, loaded: Family, latents: Latents, flipped: Latents = ()) 
         prior=range(len(said), len(text)),
         prior_share=given(settled.data.prior_share),
         final=final if varying else None,
-        flipped=flipped,
     )
 
 
-def loss_weights(job: Job, loaded: Family) -> list[Tensor]:
-    """Factors on each picture's squared error, from its own weight and its mask."""
-    floor, whole = job.settled.data.mask_floor, torch.ones(1, 1, 1)
-    pairs = zip(job.dataset.account.used, job.dataset.sizes, strict=True)
-    return [item.weight * (masks.weights(item.mask, size, loaded.latent_factor, floor) if item.mask else whole) for item, size in pairs]
+def loss_weights(job: Job, loaded: Family) -> list[list[Tensor]]:
+    """Factors on the squared error of each picture's variants, from its own weight and its mask, which is cropped and turned with it."""
+    found = []
+    for item, variants in zip(job.dataset.account.used, job.dataset.variants, strict=True):
+        if not item.mask:
+            found.append([item.weight * torch.ones(1, 1, 1)] * len(variants))
+            continue
+        mask, factor, floor = masks.read(item.mask, item.path), loaded.latent_factor, job.settled.data.mask_floor
+        kept = [item.weight * masks.weights(mask, one.size, one.crop, factor, floor) for one in variants]
+        found.append([weight.flip(2) if one.flip else weight for one, weight in zip(variants, kept, strict=True)])
+    return found
 
 
 def given(value: T | None) -> T:
@@ -240,9 +243,7 @@ def _finish(job: Job, tensors: dict[str, Tensor], latents: Latents) -> Iterator[
         safeio.write(job.out / "strip.png", pictures.encode(sheet, {"sdlora": json.dumps(metadata.public(settled, job.base.name))}))
         data = likeness(studio, settled, name, job.dataset, latents)
         yield Event("note", learnt(data), data=data)
-    facts = metadata.Facts(
-        len(job.dataset.sizes), given(settled.train.steps), job.began, time.time(), Counter(job.dataset.sizes), thumbnail
-    )
+    facts = metadata.Facts(len(job.dataset.sizes), given(settled.train.steps), job.began, time.time(), job.dataset.buckets, thumbnail)
     path = job.out / f"{settled.name}.safetensors"
     file.save(path, tensors, lambda sha256: metadata.describe(settled, studio.family, facts, sha256))
     yield Event("done", str(path), step=given(settled.train.steps), data={"seconds": round(time.time() - job.began, 1), **data})
@@ -263,7 +264,7 @@ def likeness(studio: Studio, settled: Run, name: str, dataset: Dataset, latents:
     size = Counter(dataset.sizes[i] for i in shown).most_common(1)[0][0]
     chosen = [i for i in shown if dataset.sizes[i] == size][:most]
     said = [captions.final(items[i], settled, 0) for i in chosen]
-    true = torch.stack([latents[i][0].flatten() for i in chosen])
+    true = torch.stack([latents[i][0][0].flatten() for i in chosen])
     apart = []
     for scale in (0.0, 1.0):
         recipes = [preview_recipe(studio, settled, prompt, name, scale).at(width=size[0], height=size[1]) for prompt in said]
