@@ -46,6 +46,8 @@ class Data(Settings):
     stays what it is there."""
     prior_prompts: list[str] | None = None
     """Prompts of those samples; an empty one is always among them."""
+    prior_pictures: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Pictures that the base draws of `prior_prompts`, to be trained on as regularisation pictures; `prior_share` holds it better."""
     flip: bool = False
     """Show each picture mirrored in half of its samples; not for what has a left and a right, as writing or a parting."""
     crop: Literal["centre", "subject"] = "centre"
@@ -183,6 +185,9 @@ def resolve(run: Run, row: str) -> Run:
             what = f'"{prompt}" names the trigger "{trigger}", and the base is to be kept on prompts that do not'
             raise UserError("E-CONF-06", what, "data.prior_prompts", "take it out, or word it without the trigger")
     table["data"]["prior_prompts"] = [prompt for prompt in table["data"]["prior_prompts"] if not names_trigger(prompt, trigger)]
+    if run.data.prior_pictures and not table["data"]["prior_prompts"]:
+        what = "the base is to draw regularisation pictures, and no prompt says of what"
+        raise UserError("E-CONF-08", what, "data.prior_pictures", 'name some in data.prior_prompts, for example ["a photo of a cat"]')
     called = [trigger, f"{trigger}, blue background", f"{trigger}, green background"]
     spoken = called if run.kind == "character" else [f"{thing}, {trigger} style" for thing in ("cat face", "house", "apple")]
     table["preview"]["prompts"] = [prompt.replace("[trigger]", trigger) for prompt in run.preview.prompts] or spoken

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdlora import devices, family, lookup, pictures, safeio, score, settings, state
+from sdlora import devices, family, lookup, pictures, priors, safeio, score, settings, state
 from sdlora.adapter import Bank, choose_sites
 from sdlora.config import Run, flat, parse, to_toml
 from sdlora.data import cache, captions, ledger, masks
@@ -101,7 +101,11 @@ def prepare_folder(settled: Run, out: Path) -> None:
 
 
 def _train(job: Job, loaded: Family, accelerator: Accelerator, notes: list[str]) -> Iterator[Event]:
-    settled, dataset = job.settled, job.dataset
+    settled = job.settled
+    if settled.data.prior_pictures:
+        yield Event("note", f"the base draws {settled.data.prior_pictures} regularisation pictures, unless they are in the run's cache")
+        job = dataclasses.replace(job, dataset=priors.with_drawn(job.dataset, settled, loaded, job.out / "cache"))
+    dataset = job.dataset
     for note in [*notes, dataset.account.line()]:
         yield Event("note", note)
     found = ledger.findings(dataset, settled, loaded)

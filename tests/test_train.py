@@ -429,6 +429,7 @@ BY_STRIP: dict[str, Any] = {
 }
 ELSEWHERE = {  # which test shows it
     "data.prior_prompts": "test_train: prior samples say the prompts and no caption",
+    "data.prior_pictures": "test_priors: a run trains on what the base draws and its ledger says so",
     "data.folders": "test_layouts: folders have repeats, weight and kind of their own",
     "data.mask_floor": "test_masks: what is masked hardly counts",
     **dict.fromkeys(

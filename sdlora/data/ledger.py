@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdlora.config import Run
+from sdlora.config import Folder, Run
 from sdlora.data import batches, buckets, captions, doctor, reasons, scan, variants
 from sdlora.data.variants import Variant
 from sdlora.errors import UserError
@@ -38,11 +38,13 @@ class Dataset:
         return [i for i, item in enumerate(self.account.used) for _ in range(item.repeats)]
 
 
-def read_dataset(run: Run, unpacked: Path) -> Dataset:
-    """Scan the folders and settle every caption; sizes follow once the base is loaded. ZIPs are unpacked below `unpacked`."""
+def read_dataset(run: Run, unpacked: Path, drawn: Path | None = None) -> Dataset:
+    """Scan the folders and settle every caption; sizes follow once the base is loaded. ZIPs are unpacked below `unpacked`; `drawn`
+    holds regularisation pictures that the user did not give."""
     if not run.data.sources:
         raise UserError("E-DATA-01", "no folder of pictures is named", "data.folder", "sdlora train DIR")
-    account = scan.scan_all(run.data.sources, run.data.skip_unreadable, unpacked, run.data.alpha_mask)
+    drawn_too = [Folder(folder=str(drawn), kind="regularisation")] if drawn else []
+    account = scan.scan_all([*run.data.sources, *drawn_too], run.data.skip_unreadable, unpacked, run.data.alpha_mask)
     return Dataset(account, [captions.templates(item, run) for item in account.used], [])
 
 
