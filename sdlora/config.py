@@ -47,7 +47,7 @@ class Data(Settings):
     prior_prompts: list[str] | None = None
     """Prompts of those samples; an empty one is always among them."""
     prior_pictures: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """Pictures that the base draws of `prior_prompts`, to be trained on as regularisation pictures; `prior_share` holds it better."""
+    """Pictures that the base draws of `prior_prompts`, to be trained on as regularisation pictures; `prior_share` needs none."""
     flip: bool = False
     """Show each picture mirrored in half of its samples; not for what has a left and a right, as writing or a parting."""
     crop: Literal["centre", "subject"] = "centre"

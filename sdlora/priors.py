@@ -49,8 +49,9 @@ def draw(run: Run, loaded: Family, folder: Path) -> None:
 def named(run: Run, studio: Studio) -> Iterator[tuple[str, Recipe]]:
     """The recipes of all pictures, by names that say everything which they depend on: the prompts in turn, each time of another seed."""
     prompts = run.data.prior_prompts or []
-    side, step = run.data.resolution_px or 0, studio.family.step_px
-    usual = studio.recipe("", f"{side // step * step}x{side // step * step}")
+    step = studio.family.step_px
+    side = max(1, (run.data.resolution_px or 0) // step) * step
+    usual = studio.recipe("", f"{side}x{side}")
     base = studio.family.base.fingerprint("unet")
     for number in range(run.data.prior_pictures):
         seed = int(stream(run.seed, "prior picture", number).integers(2**63))

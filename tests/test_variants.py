@@ -13,6 +13,7 @@ import pytest
 import small
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
@@ -146,9 +147,15 @@ def test_each_variant_is_shown_as_often_as_the_ledger_says(share: float, base: P
 
 
 def test_a_run_with_all_of_it_trains_and_says_what_it_used(base: Path, tmp_path: Path) -> None:
-    run, out = small.settled(masked_folder(tmp_path / "set"), base, train__steps=2, **ALL_ON), tmp_path / "run"
-    events = list(api.train(run, out))
-    assert events[-1].kind == "done"
+    changes = {**ALL_ON, "train__steps": 2, "train__save_every": 1}
+    run, out = small.settled(masked_folder(tmp_path / "set"), base, **changes), tmp_path / "run"
+    begun = api.train(run, out)
+    assert next(event.step for event in begun if event.kind == "checkpoint") == 1
+    del begun  # as if it had been killed
+    assert list(api.train(run, out))[-1].kind == "done"
+    assert list(api.train(run, tmp_path / "at once"))[-1].kind == "done"
+    stopped, at_once = (load_file(folder / "mira.safetensors") for folder in (out, tmp_path / "at once"))
+    assert all(torch.equal(stopped[name], tensor) for name, tensor in at_once.items())
     table = json.loads((out / "ledger.json").read_text())
     assert table["totals"]["samples_of_pictures"] == sum(row["shown"] for row in table["pictures"]) == 4
     assert len(list((out / "cache").glob("*.safetensors"))) == sum(len(row["shown_as"]) for row in table["pictures"]), "all differ"
