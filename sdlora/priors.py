@@ -16,6 +16,8 @@ from sdlora.generate import Recipe
 from sdlora.randomness import stream
 from sdlora.studio import Studio
 
+STEPS = 25
+"""Its own, so that another preview does not change what is trained on."""
 BATCH = 4
 """Drawn together, always the same ones: a picture's last bits depend on the batch that it is drawn in."""
 
@@ -51,7 +53,7 @@ def named(run: Run, studio: Studio) -> Iterator[tuple[str, Recipe]]:
     prompts = run.data.prior_prompts or []
     step = studio.family.step_px
     side = max(1, (run.data.resolution_px or 0) // step) * step
-    usual = studio.recipe("", f"{side}x{side}")
+    usual = studio.recipe("", f"{side}x{side}", steps=STEPS)
     base = studio.family.base.fingerprint("unet")
     for number in range(run.data.prior_pictures):
         seed = int(stream(run.seed, "prior picture", number).integers(2**63))

@@ -15,6 +15,11 @@ from sdlora.family import Family
 ASKED: dict[str, Any] = {"data__prior_pictures": 4, "data__prior_prompts": ["a dog", "red"]}
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(priors, "STEPS", 3)
+
+
 def drawn(run: Run, loaded: Family, folder: Path) -> dict[str, bytes]:
     priors.draw(run, loaded, folder)
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

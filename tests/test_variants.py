@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -179,14 +178,20 @@ def item_of(tmp_path: Path, size: tuple[int, int], name: str = "a", mask: Image.
     return item
 
 
-def shown(item: scan.Item, base: Path, resolutions: Sequence[int] = (32,), **changes: Any) -> tuple[Variant, ...]:
-    return variants.variants(item, small.settled(item.path.parent, base, **changes), [buckets.sizes(side, 8) for side in resolutions])
+@pytest.fixture(scope="module")
+def plain(base: Path) -> Run:
+    return small.settled(Path("set"), base)
 
 
-def test_crops_move_within_the_whole_one_and_enlarge_nothing(base: Path, tmp_path: Path) -> None:
+def shown(item: scan.Item, plain: Run, seed: int = 0, **data: Any) -> tuple[Variant, ...]:
+    run = plain.model_copy(update={"seed": seed, "data": plain.data.model_copy(update=data)})
+    return variants.variants(item, run, [buckets.sizes(32, 8)])
+
+
+def test_crops_move_within_the_whole_one_and_enlarge_nothing(plain: Run, tmp_path: Path) -> None:
     for name, size in {"large": (200, 130), "barely": (36, 36)}.items():
         item = item_of(tmp_path, size, name)
-        whole, *moved = shown(item, base, data__crop_jitter=0.25)
+        whole, *moved = shown(item, plain, crop_jitter=0.25)
         outer = buckets.crop_box(*size, whole.size, whole.crop)
         assert outer == buckets.crop_box(*size, whole.size)
         assert len(moved) == LOOKS - 1
@@ -197,27 +202,27 @@ def test_crops_move_within_the_whole_one_and_enlarge_nothing(base: Path, tmp_pat
             assert 0.75 <= (box[2] - box[0]) / (outer[2] - outer[0]) < 1
             assert buckets.enlargement(box[2] - box[0], box[3] - box[1], one.size) <= 1 + 1e-9
     for name, size in {"exactly": (32, 32), "too small": (24, 24)}.items():
-        assert len(shown(item_of(tmp_path, size, name), base, data__crop_jitter=0.5)) == 1, "there is no room"
+        assert len(shown(item_of(tmp_path, size, name), plain, crop_jitter=0.5)) == 1, "there is no room"
 
 
-def test_variants_belong_to_the_picture_and_the_seed(base: Path, tmp_path: Path) -> None:
+def test_variants_belong_to_the_picture_and_the_seed(plain: Run, tmp_path: Path) -> None:
     """Other pictures come and go without changing them, so the cache holds."""
-    on = {"data__crop_jitter": 0.2, "data__colour_jitter": 0.2}
+    on = {"crop_jitter": 0.2, "colour_jitter": 0.2}
     item, other = item_of(tmp_path, (80, 60)), item_of(tmp_path, (80, 60), "other")
-    assert shown(item, base, **on) == shown(item, base, **on)
-    assert len({*shown(item, base, **on), *shown(item, base, seed=1, **on)}) == 2 * LOOKS - 1, "all but the plain one"
-    assert len({*shown(item, base, **on), *shown(other, base, **on)}) == 2 * LOOKS - 1
+    assert shown(item, plain, **on) == shown(item, plain, **on)
+    assert len({*shown(item, plain, **on), *shown(item, plain, seed=1, **on)}) == 2 * LOOKS - 1, "all but the plain one"
+    assert len({*shown(item, plain, **on), *shown(other, plain, **on)}) == 2 * LOOKS - 1
 
 
-def test_colours_change_by_no_more_than_is_set(base: Path, tmp_path: Path) -> None:
+def test_colours_change_by_no_more_than_is_set(plain: Run, tmp_path: Path) -> None:
     item = item_of(tmp_path, (48, 48))
     picture = Image.new("RGB", (48, 48), (120, 100, 80))
-    plain, *changed = shown(item, base, data__colour_jitter=0.1)
-    assert torch.equal(variants.pixels(picture, plain), buckets.fit(picture, plain.size))
+    first, *changed = shown(item, plain, colour_jitter=0.1)
+    assert torch.equal(variants.pixels(picture, first), buckets.fit(picture, first.size))
     for one in changed:
-        assert one.crop == plain.crop
+        assert one.crop == first.crop
         assert all(0.9 <= factor <= 1.1 for factor in one.colour)
-        moved = (variants.pixels(picture, one) - variants.pixels(picture, plain)).abs()
+        moved = (variants.pixels(picture, one) - variants.pixels(picture, first)).abs()
         assert 0 < moved.max() * 127.5 <= 120 * 0.1 + 8, "brightness by a tenth, saturation by a tenth of 40 levels at most"
 
 
@@ -245,7 +250,7 @@ def test_a_mask_is_cropped_and_turned_as_its_picture(side: tuple[int, int], base
     assert max(apart["another's"]) > 0.3, "the control"
 
 
-def test_the_crop_lies_around_what_the_mask_shows(base: Path, loaded: Family, tmp_path: Path) -> None:
+def test_the_crop_lies_around_what_the_mask_shows(base: Path, plain: Run, loaded: Family, tmp_path: Path) -> None:
     for name, at, wanted in (("right", 150, 100), ("middle", 118, 86), ("left", 3, 0)):
         mask = Image.new("L", (164, 64))
         mask.paste(255, (at - 3, 20, at + 3, 30))
@@ -262,7 +267,7 @@ def test_the_crop_lies_around_what_the_mask_shows(base: Path, loaded: Family, tm
         assert at + 3 <= right or name == "right"
         assert right - left == pytest.approx(64 * size[0] / size[1], abs=0.1)
     unmasked = item_of(tmp_path, (164, 64), "none")
-    assert shown(unmasked, base, data__crop="subject") == shown(unmasked, base), "without a mask around the centre"
+    assert shown(unmasked, plain, crop="subject") == shown(unmasked, plain), "without a mask around the centre"
     black = Image.new("L", (9, 9))
     assert masks.focus(black) == (0.5, 0.5)
 
