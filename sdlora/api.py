@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdlora import config, family, job, pictures, record, safeio, settings
+from sdlora import config, family, job, pictures, priors, record, safeio, settings
 from sdlora.config import Run
 from sdlora.data import captioning, edits, ledger, page
 from sdlora.data.captioning import Captioning
@@ -102,7 +102,7 @@ def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:
     """
     found = ledger.read_dataset(run, unpacked)
     loaded = family.load(family.find(run.base), torch.device("cpu"), torch.float32)
-    dataset = ledger.fit_dataset(found, run, loaded)
+    dataset = priors.with_drawn(ledger.fit_dataset(found, run, loaded), run, loaded, unpacked)
     table = ledger.ledger(dataset, run, loaded, ledger.findings(dataset, run, loaded))
     account = dataset.account
     items = [(account.name(item.path), item) for item in account.used]

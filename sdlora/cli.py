@@ -234,7 +234,7 @@ def report(ledger: dict[str, Any]) -> str:
         lines.append(f"{one['code']}: {files or 'all'}: {one['detail']}")
     for row in ledger["pictures"]:
         if row["fate"] != "left_out":
-            size, bucket = ("x".join(map(str, row[key])) for key in ("size_px", "bucket_px"))
+            size, bucket = "x".join(map(str, row["size_px"])), " and ".join(row["shown_at"])
             why = f" ({', '.join(row['why'])})" if row["why"] else ""
             said = " / ".join(row["captions"])
             lines.append(f"{row['file']}: {row['fate']}{why}, {size} px at {bucket}, shown {row['shown']} times: {said}")

@@ -34,6 +34,8 @@ class Data(Settings):
     """Further folders, a table `[[data.folders]]` for each."""
     resolution_px: Annotated[int, Field(ge=16, le=4096)] | None = None
     """Pictures are scaled to this area (its square, in pixels); unset: the base's own size."""
+    further_resolutions_px: list[Annotated[int, Field(ge=16, le=4096)]] = Field(default=[])
+    """Each picture is trained at these as well, each time at one of them; one that would enlarge it is left out for it."""
     ground: str = "white"
     """Colour laid under transparent pictures (a name or #rrggbb)."""
     skip_unreadable: bool = False
@@ -45,8 +47,18 @@ class Data(Settings):
     stays what it is there."""
     prior_prompts: list[str] | None = None
     """Prompts of those samples; an empty one is always among them."""
+    prior_pictures: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Pictures that the base draws of `prior_prompts`, to be trained on as regularisation pictures; `prior_share` needs none."""
     flip: bool = False
     """Show each picture mirrored in half of its samples; not for what has a left and a right, as writing or a parting."""
+    crop: Literal["centre", "subject"] = "centre"
+    """Where a picture is cut to the shape it is trained in: around its centre, or around what its mask shows, if it has one."""
+    crop_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Show each picture also in three crops that are smaller by up to this share of a side, as far as none is enlarged for it."""
+    colour_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Show each picture also three times with brightness, contrast and saturation changed by up to this share."""
+    alpha_mask: bool = False
+    """Take the transparency of a picture without a mask file as its mask; its ground is laid under it all the same."""
     mask_floor: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Weight of the loss where a picture's mask is black; where it is white it is 1. Without a mask all counts alike."""
     shuffle_tags: bool = False
@@ -206,6 +218,9 @@ def resolve(run: Run, row: str) -> Run:
             what = f'"{prompt}" names the trigger "{trigger}", and the base is to be kept on prompts that do not'
             raise UserError("E-CONF-06", what, "data.prior_prompts", "take it out, or word it without the trigger")
     table["data"]["prior_prompts"] = [prompt for prompt in table["data"]["prior_prompts"] if not names_trigger(prompt, trigger)]
+    if run.data.prior_pictures and not table["data"]["prior_prompts"]:
+        what = "the base is to draw regularisation pictures, and no prompt says of what"
+        raise UserError("E-CONF-08", what, "data.prior_pictures", 'name some in data.prior_prompts, for example ["a photo of a cat"]')
     called = [trigger, f"{trigger}, blue background", f"{trigger}, green background"]
     spoken = called if run.kind == "character" else [f"{thing}, {trigger} style" for thing in ("cat face", "house", "apple")]
     table["preview"]["prompts"] = [prompt.replace("[trigger]", trigger) for prompt in run.preview.prompts] or spoken

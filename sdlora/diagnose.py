@@ -77,9 +77,9 @@ def _others(setup: Setup, slot: int, samples: Sequence[Sample]) -> Iterator[Samp
     """The same noise on other pictures of the learner."""
     seen, data = {sample.picture for sample in samples}, setup.learners[slot].data
     shape = samples[0].batch.latents.shape[1:]
-    fitting = [p for p in dict.fromkeys(data.pool) if p not in seen and data.latents[p][0].shape == shape]
+    fitting = [p for p in dict.fromkeys(data.pool) if p not in seen and data.latents[p][0][0].shape == shape]
     for picture in fitting[:OTHERS]:
-        changed = {"latents": data.latents[picture][0][None], "text": data.text[data.rows[picture][0]][None]}
+        changed = {"latents": data.latents[picture][0][0][None], "text": data.text[data.rows[picture][0]][None]}
         yield Sample(picture, replace(samples[0].batch, **changed))
 
 

@@ -1,12 +1,12 @@
 """One run from a folder of pictures to a finished pack: everything around the loop, told as events."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import itertools
 import json
 import platform
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdlora import devices, family, lock, lookup, pictures, preview, report, safeio, settings, state
+from sdlora import devices, family, lock, lookup, pictures, preview, priors, report, safeio, settings, state
 from sdlora.adapter import Bank, choose_sites
 from sdlora.config import Run, flat, parse, to_toml
 from sdlora.course import Course
@@ -37,8 +37,8 @@ from sdlora.train import Goal, Learner, Setup
 from sdlora.validation import HeldOut
 
 T = TypeVar("T")
-Latents = Sequence[tuple[Tensor, Tensor]]
-"""Mean and standard deviation (C, h, w) of each picture's."""
+Latents = Sequence[Sequence[tuple[Tensor, Tensor]]]
+"""Mean and standard deviation (C, h, w) of each picture's variants."""
 HIGH_RATE = 0.1
 REPORTED = ("preview", "stopped", "done")
 """Events after which the report is written anew."""
@@ -127,17 +127,19 @@ def prepare_folder(settled: Run, out: Path, device: torch.device) -> None:
 
 
 def _train(job: Job, loaded: Family, accelerator: Accelerator, stop: Stop) -> Iterator[Event]:
-    settled, dataset = job.settled, job.dataset
+    settled = job.settled
+    if settled.data.prior_pictures:
+        yield Event("note", f"the base draws {settled.data.prior_pictures} regularisation pictures, unless they are in the run's cache")
+        job = dataclasses.replace(job, dataset=priors.with_drawn(job.dataset, settled, loaded, job.out / "cache"))
+    dataset = job.dataset
     yield Event("note", dataset.account.line())
     found = ledger.findings(dataset, settled, loaded)
     safeio.write(job.out / "ledger.json", json.dumps(ledger.ledger(dataset, settled, loaded, found), indent=1))
     for finding in (one for one in found if one.severity == "warn"):
         yield Event("warning", ledger.said(finding))
-    wanted = (dataset.account.used, dataset.sizes, settled.data.ground, loaded, job.out / "cache")
-    latents = cache.latents(*wanted)
-    flipped = cache.latents(*wanted, flip=True) if settled.data.flip else []
+    latents = cache.latents(dataset.account.used, dataset.variants, settled.data.ground, loaded, job.out / "cache")
     bank = Bank(loaded.components)
-    learner = new_learner(job, loaded, bank, accelerator, latents, flipped)
+    learner = new_learner(job, loaded, bank, accelerator, latents)
     yield Event("note", adapted(bank, settled.name, loaded))
     course = new_course(job, loaded, bank, learner, accelerator, stop)
     yield from take_up(course)
@@ -164,7 +166,7 @@ def new_course(job: Job, loaded: Family, bank: Bank, learner: Learner, accelerat
     setup = Setup(loaded, bank, [learner], goal, settled.train, accelerator, at_once)
     said = [captions.final(items[i], settled, 0) for i in job.dataset.held]
     tokens = loaded.tokens([*said, ""])
-    held = [HeldOut(learner.data.latents[i][0], tokens[n], items[i].look.digest) for n, i in enumerate(job.dataset.held)]
+    held = [HeldOut(learner.data.latents[i][0][0], tokens[n], items[i].look.digest) for n, i in enumerate(job.dataset.held)]
     names = [job.dataset.account.name(item.path) for item in items]
     return Course(setup, settled, job.out, names, held, state.Progress(at_once=at_once), stop)
 
@@ -195,12 +197,12 @@ def sites(settled: Run, loaded: Family) -> list[str]:
     return names
 
 
-def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, latents: Latents, flipped: Latents = ()) -> Learner:
+def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, latents: Latents) -> Learner:
     """Put a fresh adapter on the bank, with its data and optimizer."""
     settled, train = job.settled, job.settled.train
     kind = lookup.find("adapters", settled.adapter.model_dump()["kind"])
     bank.add(settled.name, kind, settled.adapter, job.names, lambda dotted: stream(settled.seed, f"init/{dotted}"))
-    data = prepared(job, loaded, latents, flipped)
+    data = prepared(job, loaded, latents)
     groups = [
         (bank.parameters(settled.name, "unet."), given(train.lr)),
         (bank.parameters(settled.name, "text_encoder."), given(train.text_encoder_lr)),
@@ -210,7 +212,7 @@ def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, 
     return Learner(settled.name, data, params, accelerator.prepare(adamw(groups, train)), ema)
 
 
-def prepared(job: Job, loaded: Family, latents: Latents, flipped: Latents = ()) -> Prepared:
+def prepared(job: Job, loaded: Family, latents: Latents) -> Prepared:
     """The pictures and captions of a run as its training draws from them."""
     settled, items, numbers = job.settled, job.dataset.account.used, itertools.count()
     said, kept = [*itertools.chain.from_iterable(job.dataset.captions)], given(settled.data.prior_prompts)
@@ -234,15 +236,20 @@ def prepared(job: Job, loaded: Family, latents: Latents, flipped: Latents = ()) 
         prior=range(len(said), len(text)),
         prior_share=given(settled.data.prior_share),
         final=final if varying else None,
-        flipped=flipped,
     )
 
 
-def loss_weights(job: Job, loaded: Family) -> list[Tensor]:
-    """Factors on each picture's squared error, from its own weight and its mask."""
-    floor, whole = job.settled.data.mask_floor, torch.ones(1, 1, 1)
-    pairs = zip(job.dataset.account.used, job.dataset.sizes, strict=True)
-    return [item.weight * (masks.weights(item.mask, size, loaded.latent_factor, floor) if item.mask else whole) for item, size in pairs]
+def loss_weights(job: Job, loaded: Family) -> list[list[Tensor]]:
+    """Factors on the squared error of each picture's variants, from its own weight and its mask, which is cropped and turned with it."""
+    found = []
+    for item, variants in zip(job.dataset.account.used, job.dataset.variants, strict=True):
+        if not item.mask:
+            found.append([item.weight * torch.ones(1, 1, 1)] * len(variants))
+            continue
+        mask, factor, floor = masks.read(item.mask, item.path), loaded.latent_factor, job.settled.data.mask_floor
+        kept = [item.weight * masks.weights(mask, one.size, one.crop, factor, floor) for one in variants]
+        found.append([weight.flip(2) if one.flip else weight for one, weight in zip(variants, kept, strict=True)])
+    return found
 
 
 def given(value: T | None) -> T:
@@ -293,7 +300,7 @@ def _finish(job: Job, tensors: dict[str, Tensor], latents: Latents, step: int, s
         yield from patiently(lambda: safeio.write(job.out / "strip.png", sheet), stop)
         data = preview.likeness(studio, settled, name, job.dataset, latents)
         yield Event("note", preview.learnt(data), data=data)
-    facts = metadata.Facts(len(set(job.dataset.pool)), step, job.began, time.time(), Counter(job.dataset.sizes), thumbnail)
+    facts = metadata.Facts(len(set(job.dataset.pool)), step, job.began, time.time(), job.dataset.buckets, thumbnail)
     path = job.out / f"{settled.name}.safetensors"
     describe = partial(metadata.describe, settled, studio.family, facts)
     yield from patiently(lambda: file.save(path, tensors, describe), stop)

@@ -42,7 +42,7 @@ def recipe(studio: Studio, settled: Run, prompt: str, name: str, scale: float) -
 
 
 def likeness(
-    studio: Studio, settled: Run, name: str, dataset: Dataset, latents: Sequence[tuple[Tensor, Tensor]], most: int = 8
+    studio: Studio, settled: Run, name: str, dataset: Dataset, latents: Sequence[Sequence[tuple[Tensor, Tensor]]], most: int = 8
 ) -> dict[str, Any]:
     """Distance from pictures generated of training captions to the training pictures, at scale 0 and 1, over the commonest size."""
     items = dataset.account.used
@@ -50,7 +50,7 @@ def likeness(
     size = Counter(dataset.sizes[i] for i in shown).most_common(1)[0][0]
     chosen = [i for i in shown if dataset.sizes[i] == size][:most]
     said = [captions.final(items[i], settled, 0) for i in chosen]
-    true = torch.stack([latents[i][0].flatten() for i in chosen])
+    true = torch.stack([latents[i][0][0].flatten() for i in chosen])
     apart = []
     for scale in (0.0, 1.0):
         recipes = [recipe(studio, settled, prompt, name, scale).at(width=size[0], height=size[1]) for prompt in said]

@@ -341,7 +341,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> 
 
 def test_a_broken_picture_is_named_and_left_out(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def change(learner: Any) -> None:
-        learner.data.latents[3][0][0, 0, 0] = float("nan")
+        learner.data.latents[3][0][0][0, 0, 0] = float("nan")
 
     poisoned(monkeypatch, change)
     run = small.settled(squares, base, train__steps=12, train__log_every=4, train__save_every=6)
@@ -363,7 +363,7 @@ def test_a_broken_picture_is_named_and_left_out(squares: Path, base: Path, tmp_p
 
 
 def test_a_run_may_end_at_what_is_not_finite(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    poisoned(monkeypatch, lambda learner: learner.data.latents[3][0].fill_(float("inf")))
+    poisoned(monkeypatch, lambda learner: learner.data.latents[3][0][0].fill_(float("inf")))
     with pytest.raises(UserError, match=r"E-NUM-01.*3\.jpg") as caught:
         go(tmp_path / "run", small.settled(squares, base, train__on_nonfinite="stop"))
     assert caught.value.exit_code == 4

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sdlora import api, family
 from sdlora.data import buckets, cache, captions, pixels, scan, texts, walk
+from sdlora.data.variants import Variant
 from sdlora.errors import BAD_INPUT, UserError
 from sdlora.family import Family
 
@@ -261,7 +262,8 @@ def test_fitting_crops_and_scales() -> None:
 def latents(folder: Path, loaded: Family, where: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
     items = scan.scan(folder, False).used
     available = buckets.sizes(32, loaded.step_px)
-    return cache.latents(items, [buckets.choose(item.width, item.height, available) for item in items], "white", loaded, where)
+    shown = [[Variant(buckets.choose(item.width, item.height, available))] for item in items]
+    return [some[0] for some in cache.latents(items, shown, "white", loaded, where)]
 
 
 def entries(where: Path) -> dict[str, tuple[int, bytes]]:
@@ -333,7 +335,7 @@ def test_a_cached_latent_is_the_encoders_word(loaded: Family, pictures: Path, tm
 def test_the_ground_is_part_of_the_picture(loaded: Family, pictures: Path, tmp_path: Path) -> None:
     latents(pictures, loaded, tmp_path)
     items = scan.scan(pictures, False).used
-    cache.latents(items, [(32, 32)] * 5, "black", loaded, tmp_path / "black")
-    cache.latents(items, [(32, 32)] * 5, "white", loaded, tmp_path / "white")
+    cache.latents(items, [[Variant((32, 32))]] * 5, "black", loaded, tmp_path / "black")
+    cache.latents(items, [[Variant((32, 32))]] * 5, "white", loaded, tmp_path / "white")
     differ = set(os.listdir(tmp_path / "black")) - set(os.listdir(tmp_path / "white"))
     assert len(differ) == 1, "only one picture is transparent"

@@ -219,7 +219,7 @@ def test_regularisation_alone_teaches_nothing(tmp_path: Path) -> None:
 def drawn(folders: list[dict[str, object]], base: Path, loaded: Family, where: Path) -> tuple[ledger.Dataset, Prepared]:
     settled = small.settled(where, base, data__folder="", data__folders=folders)
     dataset = ledger.fit_dataset(ledger.read_dataset(settled, where / "cache"), settled, loaded)
-    latents = [(torch.full((4, 8, 8), float(i)), torch.zeros(4, 8, 8)) for i in range(len(dataset.sizes))]
+    latents = [[(torch.full((4, 8, 8), float(i)), torch.zeros(4, 8, 8))] for i in range(len(dataset.sizes))]
     return dataset, job.prepared(job.Job(settled, loaded.base, where, 0.0, dataset, ["text_encoder.x"]), loaded, latents)
 
 

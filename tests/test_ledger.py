@@ -58,7 +58,7 @@ def test_what_is_shown_is_what_the_ledger_says(share: float, folder: Path, base:
     folders = [{"folder": str(folder), "repeats": 2}, {"folder": str(small.draw_folder(tmp_path / "more", 2))}]
     run = small.settled(Path(), base, data__folder="", data__folders=folders, data__skip_unreadable=True, **changes)
     found, table, dataset = rows(run, loaded, tmp_path)
-    latents = [(small.torch.full((1, 2, 2), float(i)), small.torch.zeros(1, 2, 2)) for i in range(len(dataset.sizes))]
+    latents = [[(small.torch.full((1, 2, 2), float(i)), small.torch.zeros(1, 2, 2))] for i in range(len(dataset.sizes))]
     data: Prepared = job.prepared(job.Job(run, loaded.base, tmp_path, 0.0, dataset, ["text_encoder.x"]), loaded, latents)
     seen: Counter[int] = Counter()
     for batch in micro_batch([data], range(13 * 3)):

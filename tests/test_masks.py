@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sdlora import api, job, train
 from sdlora.adapter import Bank
-from sdlora.data import ledger, masks
+from sdlora.data import buckets, ledger, masks
 from sdlora.data.batches import micro_batch
+from sdlora.data.buckets import CENTRE, Crop
 from sdlora.errors import UserError
 from sdlora.family import Family
 from sdlora.objectives import epsilon
@@ -28,9 +29,13 @@ def put(folder: Path, size: tuple[int, int], white: tuple[int, int, int, int], m
     return folder
 
 
+def weights(folder: Path, size: buckets.Size, floor: float, crop: Crop = CENTRE) -> Tensor:
+    return masks.weights(masks.read(folder / "a-masklabel.png", folder / "a.png"), size, crop, 4, floor)
+
+
 def test_weights_follow_the_mask_and_average_to_one(tmp_path: Path) -> None:
     folder = put(tmp_path / "set", (64, 64), (0, 0, 32, 64))
-    found = masks.weights(folder / "a-masklabel.png", (32, 32), 4, 0.25)
+    found = weights(folder, (32, 32), 0.25)
     assert found.shape == (1, 8, 8)
     assert found.mean().item() == pytest.approx(1)
     assert found[0, :, 4:].unique().tolist() == pytest.approx([0.4])
@@ -39,8 +44,8 @@ def test_weights_follow_the_mask_and_average_to_one(tmp_path: Path) -> None:
 
 def test_a_mask_is_cropped_as_its_picture(tmp_path: Path) -> None:
     folder = put(tmp_path / "set", (128, 64), (32, 0, 96, 64))
-    assert masks.weights(folder / "a-masklabel.png", (32, 32), 4, 0.1).unique().tolist() == [1], "only what is white is left"
-    assert len(masks.weights(folder / "a-masklabel.png", (64, 32), 4, 0.1).unique()) == 2, "the control: uncropped it is not"
+    assert weights(folder, (32, 32), 0.1).unique().tolist() == [1], "only what is white is left"
+    assert len(weights(folder, (64, 32), 0.1).unique()) == 2, "the control: uncropped it is not"
 
 
 def test_a_mask_of_another_shape_is_refused_and_of_another_size_is_not(base: Path, tmp_path: Path) -> None:
@@ -54,7 +59,7 @@ def test_a_mask_of_another_shape_is_refused_and_of_another_size_is_not(base: Pat
 
 def errors(run: Any, loaded: Family, where: Path, latents: list[tuple[Tensor, Tensor]]) -> Tensor:
     dataset = ledger.fit_dataset(ledger.read_dataset(run, where), run, loaded)
-    data = job.prepared(job.Job(run, loaded.base, where, 0.0, dataset, ["text_encoder.x"]), loaded, latents)
+    data = job.prepared(job.Job(run, loaded.base, where, 0.0, dataset, ["text_encoder.x"]), loaded, [latents])
     (batch,) = micro_batch([data], range(4))
     return train.sample_losses(loaded, Bank(loaded.components), batch, train.Goal(epsilon.noise, run.objective), 1)
 

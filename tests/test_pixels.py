@@ -232,6 +232,59 @@ def test_pillow_is_used_within_bounds() -> None:
     assert not [path.name for path in folder.glob("*.py") if ".seek(" in path.read_text("utf-8")], "further frames are not safe to read"
 
 
+# ---------------------------------------------------------------- gamma and primaries of PNG
+
+ADOBE_RGB = (31270, 32900, 64000, 33000, 21000, 71000, 15000, 6000)
+SRGB = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+
+
+def with_gamma(content: bytes, gamma: int, primaries: tuple[int, ...] = (), *before: bytes) -> bytes:
+    chunks = [*before, corpus.chunk(b"gAMA", struct.pack(">I", gamma))]
+    chunks += [corpus.chunk(b"cHRM", struct.pack(">8I", *primaries))] if primaries else []
+    return content[:33] + b"".join(chunks) + content[33:]
+
+
+def encoded(linear: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear.clip(0.0031308) ** (1 / 2.4) - 0.055) * 255
+
+
+def test_a_png_that_says_its_gamma_is_converted(tmp_path: Path) -> None:
+    levels = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, 2)
+    content = corpus.saved(Image.fromarray(levels), "PNG")
+    decoded = decode(put(tmp_path / "a.png", with_gamma(content, 100000)))
+    assert decoded.notes == ("png-gamma-to-srgb",)
+    assert np.abs(np.asarray(decoded.picture) - encoded(levels / 255)).max() <= 1
+    for usual in (
+        with_gamma(content, 45455),
+        with_gamma(content, 45455, SRGB),
+        with_gamma(content, 100000, (), corpus.chunk(b"sRGB", b"\0")),
+    ):
+        decoded = decode(put(tmp_path / "a.png", usual))
+        assert decoded.notes == ()
+        assert np.array_equal(np.asarray(decoded.picture), levels), "the control: sRGB stays as it is"
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profiled = corpus.saved(Image.fromarray(levels), "PNG", icc_profile=icc)
+    assert decode(put(tmp_path / "a.png", with_gamma(profiled, 100000))).notes == (), "a profile comes first"
+
+
+def test_a_png_that_says_its_primaries_is_converted(tmp_path: Path) -> None:
+    levels = np.random.default_rng(0).integers(60, 200, (32, 32, 3), dtype=np.uint8)
+    decoded = decode(put(tmp_path / "a.png", with_gamma(corpus.saved(Image.fromarray(levels), "PNG"), 45455, ADOBE_RGB)))
+    assert decoded.notes == ("png-gamma-to-srgb",)
+    to_xyz = np.array([[0.57667, 0.18556, 0.18823], [0.29734, 0.62736, 0.07529], [0.02703, 0.07069, 0.99134]])  # Adobe RGB (1998)
+    from_xyz = np.array([[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]])  # IEC 61966-2-1
+    wanted = encoded(((levels / 255.0) ** 2.2 @ to_xyz.T @ from_xyz.T).clip(0, 1))
+    assert np.abs(np.asarray(decoded.picture) - wanted).max() <= 2
+    assert np.abs(levels - wanted).max() > 10, "the control"
+
+
+@pytest.mark.parametrize(("gamma", "primaries"), [(1, SRGB), (2**31 - 1, SRGB), (100000, (0,) * 8), (100000, (30000,) * 8)])
+def test_a_gamma_or_primaries_that_cannot_be_are_told(gamma: int, primaries: tuple[int, ...], tmp_path: Path) -> None:
+    decoded = decode(put(tmp_path / "a.png", with_gamma(corpus.saved(noise(20, 20), "PNG"), gamma, primaries)))
+    assert decoded.notes == ("png-gamma-broken",)
+    assert away(decoded, noise(20, 20)) == 0
+
+
 # ---------------------------------------------------------------- scaling
 
 

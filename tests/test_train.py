@@ -66,8 +66,8 @@ def cast(runs: Sequence[Run], folder: Path, dtype: torch.dtype) -> Cast:
     loaded = family.load(base, torch.device("cpu"), dtype)
     bank, learners = Bank(loaded.components), []
     for one in [job_of(run, base, loaded, folder) for run in runs]:
-        found = cache.latents(one.dataset.account.used, one.dataset.sizes, "white", loaded, folder / "cache")
-        latents = [(mean.to(dtype), std.to(dtype)) for mean, std in found]
+        found = cache.latents(one.dataset.account.used, one.dataset.variants, "white", loaded, folder / "cache")
+        latents = [[(mean.to(dtype), std.to(dtype)) for mean, std in some] for some in found]
         learners.append(job.new_learner(one, loaded, bank, accelerator, latents))
         for _, _, delta in bank.deltas(one.settled.name):
             delta.to(dtype)
@@ -114,8 +114,8 @@ def test_a_cast_of_two_is_two_runs(two: list[Run], tmp_path: Path) -> None:
 def test_a_learner_whose_numbers_break_does_not_touch_the_other(two: list[Run], tmp_path: Path) -> None:
     runs = [run.model_copy(update={"train": run.train.model_copy(update={"steps": 5})}) for run in two]
     broken = cast(runs, tmp_path, torch.float64)
-    mean, std = broken.learners[0].data.latents[0]
-    broken.learners[0].data.latents[0] = (mean * math.nan, std)  # type: ignore[index]
+    ((mean, std),) = broken.learners[0].data.latents[0]
+    broken.learners[0].data.latents[0][0] = (mean * math.nan, std)  # type: ignore[index]
     ended = broken.train()
     finite = torch.stack([one.finite for one in broken.told])
     assert finite[:, 1].all()
@@ -155,7 +155,7 @@ def test_a_step_that_is_not_finite_moves_nothing(pictures: Path, base: Path, tmp
     learner = trained.learners[0]
     sound = list(learner.data.latents)
     before = {name: p.detach().clone() for name, p in learner.params.items()}
-    learner.data.latents[:] = [(mean * math.nan, std) for mean, std in sound]  # type: ignore[index]
+    learner.data.latents[:] = [[(mean * math.nan, std)] for ((mean, std),) in sound]  # type: ignore[index]
     ended = trained.train()["mira"]
     assert not any(one.finite.any() for one in trained.told)
     assert all(torch.equal(ended[name], p) for name, p in before.items())
@@ -220,7 +220,9 @@ def test_a_rate_of_zero_leaves_the_text_encoder_alone(pictures: Path, base: Path
 def test_half_of_the_samples_are_mirrored_each_with_its_mask() -> None:
     plain = tagged(3)
     mask = torch.tensor([[[1.5, 0.5], [1.5, 0.5]]])
-    data = dataclasses.replace(plain, flipped=[(mean + 100, std) for mean, std in plain.latents], weights=[mask] * 3)
+    data = dataclasses.replace(
+        plain, latents=[[(mean, std), (mean + 100, std)] for ((mean, std),) in plain.latents], weights=[[mask, mask.flip(2)]] * 3
+    )
     (batch,) = micro_batch([data], range(300))
     mirrored = batch.latents[:, 0, 0, 0] >= 100
     assert 0.4 < mirrored.float().mean() < 0.6
@@ -231,12 +233,11 @@ def test_half_of_the_samples_are_mirrored_each_with_its_mask() -> None:
 
 def test_mirror_images_are_encoded_as_pictures_of_their_own(squares: Path, base: Path, tmp_path: Path) -> None:
     loaded = family.load(family.find(str(base)), torch.device("cpu"), torch.float32)
-    dataset = job_of(small.settled(squares, base), loaded.base, loaded, tmp_path).dataset
-    asked = (dataset.account.used, dataset.sizes, "white", loaded, tmp_path / "cache")
-    plain, flipped = cache.latents(*asked), cache.latents(*asked, flip=True)
+    dataset = job_of(small.settled(squares, base, data__flip=True), loaded.base, loaded, tmp_path).dataset
+    plain, flipped = cache.latents(dataset.account.used, dataset.variants, "white", loaded, tmp_path / "cache")[0]
     seen = buckets.fit(read_picture(dataset.account.used[0].path), dataset.sizes[0]).flip(2)
-    assert torch.equal(flipped[0][0], loaded.encode(seen[None])[0][0])
-    assert not torch.allclose(flipped[0][0], plain[0][0].flip(2), atol=1e-3), "the control: which is more than mirrored latents"
+    assert torch.equal(flipped[0], loaded.encode(seen[None])[0][0])
+    assert not torch.allclose(flipped[0], plain[0].flip(2), atol=1e-3), "the control: which is more than mirrored latents"
 
 
 # ---------------------------------------------------------------- what the base keeps
@@ -294,10 +295,10 @@ def test_a_prior_prompt_that_names_the_trigger_is_refused(squares: Path, base: P
 
 def tagged(count: int, seed: int = 0, dropout: float = 0.0) -> Prepared:
     """Data whose latents are the picture's number, without spread, and so are its tokens; the empty caption is -1."""
-    latents = [(torch.full((1, 2, 2), float(i)), torch.zeros(1, 2, 2)) for i in range(count)]
+    latents = [[(torch.full((1, 2, 2), float(i)), torch.zeros(1, 2, 2))] for i in range(count)]
     rows = [[i] for i in range(count)]
     return Prepared(
-        seed, latents, torch.tensor([*range(count), -1])[:, None], dropout, range(count), rows, [torch.ones(1, 1, 1)] * count, [-1], 0.0
+        seed, latents, torch.tensor([*range(count), -1])[:, None], dropout, range(count), rows, [[torch.ones(1, 1, 1)]] * count, [-1], 0.0
     )
 
 
@@ -352,7 +353,7 @@ def test_captions_are_dropped_as_often_as_is_set(share: float) -> None:
 def test_pictures_of_several_shapes_share_a_batch(pictures: Path, base: Path, tmp_path: Path) -> None:
     learner = cast([small.settled(pictures, base)], tmp_path, torch.float32).learners[0]
     parts = list(micro_batch([learner.data], range(5)))
-    assert len(parts) == len({tuple(mean.shape) for mean, _ in learner.data.latents}) > 1
+    assert len(parts) == len({tuple(mean.shape) for ((mean, _),) in learner.data.latents}) > 1
     assert sum(len(part.slot) for part in parts) == 5
 
 
@@ -430,8 +431,13 @@ BY_STRIP: dict[str, Any] = {
 }
 ELSEWHERE = {  # which test shows it
     "data.prior_prompts": "test_train: prior samples say the prompts and no caption",
+    "data.prior_pictures": "test_priors: a run trains on what the base draws and its ledger says so",
     "data.folders": "test_layouts: folders have repeats, weight and kind of their own",
     "data.mask_floor": "test_masks: what is masked hardly counts",
+    **dict.fromkeys(
+        ["data.further_resolutions_px", "data.crop", "data.crop_jitter", "data.colour_jitter", "data.alpha_mask"],
+        "test_variants: each setting changes what is trained",
+    ),
     "data.shuffle_tags": "test_captions: tags are mixed as is set",
     "data.keep_tokens": "test_captions: tags are mixed as is set",
     "data.tag_dropout": "test_captions: tags are dropped as often as is set",

@@ -17,15 +17,14 @@ class Prepared:
     """One learner's data, ready for training: pictures as latents, captions as tokens or finished text states."""
 
     seed: int
-    latents: Sequence[tuple[Tensor, Tensor]]  # mean and standard deviation (C, h, w) of each picture
+    latents: Sequence[Sequence[tuple[Tensor, Tensor]]]  # mean and standard deviation (C, h, w) of each picture's variants
     text: Tensor  # (R + 1, L) token ids or (R + 1, L, D) states of all captions; the last row is the empty caption
     caption_dropout: float
     pool: Sequence[int]  # the pictures of one epoch: each stands in it as often as the epoch shows it
     rows: Sequence[Sequence[int]]  # of `text`: those of each picture's captions
-    weights: Sequence[Tensor]  # of each picture's squared error: (1, h, w), or (1, 1, 1) for all of it alike
+    weights: Sequence[Sequence[Tensor]]  # of each variant's squared error: (1, h, w), or (1, 1, 1) for all of it alike
     prior: Sequence[int]  # rows of `text` on which the base's own prediction is the target
     prior_share: float
-    flipped: Sequence[tuple[Tensor, Tensor]] = ()  # latents of each picture's mirror image, if those are shown too
     final: Callable[[int, int], Tensor] | None = None  # (picture, sample's number) -> (L,) ids, where captions differ in each sample
 
     def said(self, picture: int, number: int) -> Tensor:
@@ -54,18 +53,32 @@ def picture_of(number: int, pool: Sequence[int], seed: int) -> int:
 
 def chances(seed: int, number: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     """The sample's own draws in [0, 1): its place in the schedule, then whether its caption is dropped, it is a prior sample, which,
-    and whether its picture is mirrored."""
+    and which variant of its picture it shows."""
     return stream(seed, "sample", number).random(5, dtype=np.float32)
 
 
-def shown(pool: Sequence[int], seed: int, prior_share: float, samples: int) -> Counter[int]:
-    """How often each picture is seen with a caption of its own, or the empty one, in the first `samples` samples of a run."""
-    counted: Counter[int] = Counter()
+def variant_of(chance: np.float32, variants: int) -> int:
+    """Which of a picture's variants a sample shows. From the last one on, where the mirror images are: the lower half is theirs."""
+    return variants - 1 - int(chance * variants)
+
+
+def shown(pool: Sequence[int], variants: Sequence[int], seed: int, prior_share: float, samples: int) -> Counter[tuple[int, int]]:
+    """How often each (picture, variant) is seen with a caption of its own, or the empty one, in the first `samples` samples of a run.
+
+    `variants` says how many each picture has.
+    """
+    counted: Counter[tuple[int, int]] = Counter()
+    plain = max(variants) == 1
     for start in range(0, samples, len(pool)):
         order = stream(seed, "order", start // len(pool)).permutation(len(pool))
         for place in range(min(len(pool), samples - start)):
-            if not prior_share or chances(seed, start + place)[2] >= prior_share:
-                counted[pool[int(order[place])]] += 1
+            picture = pool[int(order[place])]
+            if plain and not prior_share:
+                counted[picture, 0] += 1
+                continue
+            chance = chances(seed, start + place)
+            if chance[2] >= prior_share:
+                counted[picture, variant_of(chance[4], variants[picture])] += 1
     return counted
 
 
@@ -83,21 +96,21 @@ def _draw(learner: Prepared, slot: int, number: int) -> Batch:
     seed = learner.seed
     picture = picture_of(number, learner.pool, seed)
     chance = chances(seed, number)
-    flip = bool(learner.flipped) and bool(chance[4] < 0.5)
-    mean, std = (learner.flipped if flip else learner.latents)[picture]
+    variant = variant_of(chance[4], len(learner.latents[picture]))
+    mean, std = learner.latents[picture][variant]
     shape = tuple(mean.shape)
     prior, empty = bool(chance[2] < learner.prior_share), chance[1] < learner.caption_dropout
     if prior:
         text = learner.text[learner.prior[int(chance[3] * len(learner.prior))]]
     else:
         text = learner.text[-1] if empty else learner.said(picture, number)
-    weight = torch.ones(1, 1, 1) if prior else learner.weights[picture]
+    weight = torch.ones(1, 1, 1) if prior else learner.weights[picture][variant]
     return Batch(
         latents=mean + std * normal(shape, seed, "posterior", number),
         noise=normal(shape, seed, "noise", number),
         uniform=torch.tensor(chance[0]),
         text=text,
         slot=torch.tensor(slot),
-        weight=(weight.flip(2) if flip else weight).expand(1, *shape[1:]),
+        weight=weight.expand(1, *shape[1:]),
         prior=torch.tensor(prior),
     )

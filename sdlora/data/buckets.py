@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -11,7 +12,23 @@ from PIL import Image
 from torch import Tensor
 
 Size = tuple[int, int]  # (width, height) in px
+Place = tuple[float, float]  # across and down: 0 at the left and the top, 1 at the right and the bottom
+Box = tuple[float, float, float, float]  # left, upper, right, lower, in px
 MAX_RATIO, MIN_AREA_SHARE = 2.0, 0.7
+WHOLE_PX = 1e-6
+"""Sides that differ from whole numbers of pixels by less only do so because of rounding."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """What of a picture is shown, in shares, so that it holds for its mask and its thumbnail too."""
+
+    place: Place = (0.5, 0.5)  # of the largest part that has the shape: where in the picture
+    share: float = 1.0  # of that part's sides that is kept
+    within: Place = (0.5, 0.5)  # where in that part
+
+
+CENTRE = Crop()
 
 
 def sizes(resolution_px: int, step_px: int) -> list[Size]:
@@ -28,37 +45,66 @@ def choose(width: int, height: int, available: Sequence[Size]) -> Size:
     return min(available, key=lambda size: (round(abs(math.log(size[0] / size[1]) - ratio), 6), -size[0] * size[1]))
 
 
-def crop_box(width: int, height: int, size: Size) -> tuple[float, float, float, float]:
-    """The largest centred part of a picture in the shape of `size`: left, upper, right, lower, in px."""
+def crop_box(width: int, height: int, size: Size, crop: Crop = CENTRE) -> Box:
+    """A part of a picture in the shape of `size`; by default the largest centred one."""
     scale = min(width / size[0], height / size[1])
-    left, upper = (width - scale * size[0]) / 2, (height - scale * size[1]) / 2
-    return left, upper, left + scale * size[0], upper + scale * size[1]
+    largest = scale * size[0], scale * size[1]
+    kept = largest[0] * crop.share, largest[1] * crop.share
+    left = (width - largest[0]) * crop.place[0] + (largest[0] - kept[0]) * crop.within[0]
+    upper = (height - largest[1]) * crop.place[1] + (largest[1] - kept[1]) * crop.within[1]
+    return left, upper, left + kept[0], upper + kept[1]
 
 
-def enlargement(width: int, height: int, size: Size) -> float:
+def taken(width: int, height: int, size: Size, crop: Crop = CENTRE) -> Box:
+    """`crop_box` as it is taken: whole pixels where nothing is scaled."""
+    box = crop_box(width, height, size, crop)
+    if not _is_as_large(box, size):
+        return box
+    left, upper = int(box[0] + WHOLE_PX), int(box[1] + WHOLE_PX)
+    return left, upper, left + size[0], upper + size[1]
+
+
+def place_around(focus: Place, width: int, height: int, size: Size) -> Place:
+    """Where the largest part in the shape of `size` has a point of the picture in its middle, or as near to it as the edges let it."""
+    left, upper, right, lower = crop_box(width, height, size)
+    sides = ((focus[0], width, right - left), (focus[1], height, lower - upper))
+    across, down = (
+        min(1.0, max(0.0, (at * side - part / 2) / (side - part))) if side - part > WHOLE_PX else 0.5 for at, side, part in sides
+    )
+    return across, down
+
+
+def _is_as_large(box: Box, size: Size) -> bool:
+    return abs(enlargement(box[2] - box[0], box[3] - box[1], size) - 1) < WHOLE_PX
+
+
+def enlargement(width: float, height: float, size: Size) -> float:
     """How many times as long as in the picture things become in `size`; above 1 `fit` makes up pixels that the picture does not have."""
     return max(size[0] / width, size[1] / height)
 
 
 def fit(picture: Image.Image, size: Size) -> Tensor:
     """Crop and scale an RGB picture: pixels (3, H, W) in -1..1, float32."""
-    return torch.from_numpy(np.asarray(scaled(picture, size), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+    return pixels_of(scaled(picture, size))
 
 
-def scaled(picture: Image.Image, size: Size) -> Image.Image:
+def pixels_of(picture: Image.Image) -> Tensor:
+    """An RGB picture as pixels (3, H, W) in -1..1, float32."""
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+
+def scaled(picture: Image.Image, size: Size, crop: Crop = CENTRE) -> Image.Image:
     """Crop and scale an RGB picture, in 8 bits. What needs no scaling keeps its very pixels."""
-    box = crop_box(*picture.size, size)
-    times = enlargement(*picture.size, size)
-    if times == 1:
-        left, upper = int(box[0]), int(box[1])
-        return picture.crop((left, upper, left + size[0], upper + size[1]))
-    if times > 1:
+    box = taken(*picture.size, size, crop)
+    if _is_as_large(box, size):
+        return picture.crop((round(box[0]), round(box[1]), round(box[2]), round(box[3])))
+    if enlargement(box[2] - box[0], box[3] - box[1], size) > 1:
         return picture.resize(size, Image.Resampling.LANCZOS, box=box)
     light = [_shrunk(channel.point(_light().tolist(), "F"), size, box) for channel in picture.split()]
     return Image.fromarray(_levels()[(np.stack(light, -1) * 65535 + 0.5).astype(np.uint16)])
 
 
-def _shrunk(light: Image.Image, size: Size, box: tuple[float, float, float, float]) -> NDArray[np.float32]:
+def _shrunk(light: Image.Image, size: Size, box: Box) -> NDArray[np.float32]:
     """Lanczos, which neither blurs nor makes patterns of fine detail, held to the range of the light around.
 
     Without that hold it would draw black rims around what is bright: light's scale is so uneven that a tenth of white is a middle grey.

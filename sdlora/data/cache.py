@@ -10,29 +10,36 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sdlora import safeio
-from sdlora.data import buckets
+from sdlora.data import variants
 from sdlora.data.pixels import read_picture
 from sdlora.data.scan import Item
+from sdlora.data.variants import Variant
 from sdlora.family import Family
 
 
 def latents(
-    items: Sequence[Item], sizes: Sequence[buckets.Size], ground: str, family: Family, folder: Path, flip: bool = False
-) -> list[tuple[Tensor, Tensor]]:
-    """Mean and standard deviation (C, h, w) of each picture's latents at its size, or of its mirror image's, float32, on the CPU."""
+    items: Sequence[Item], shown: Sequence[Sequence[Variant]], ground: str, family: Family, folder: Path
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """Mean and standard deviation (C, h, w) of the latents of each picture's variants, float32, on the CPU.
+
+    Mirror images are encoded too: an encoder's latents of one are not its latents mirrored.
+    """
     fingerprint = family.base.fingerprint("vae")
     found = []
-    for item, size in zip(items, sizes, strict=True):
-        pixels = buckets.fit(read_picture(item.path, ground), size)
-        pixels = pixels.flip(2) if flip else pixels  # an encoder's latents of a mirror image are not its latents mirrored
-        path = folder / f"{key(pixels, fingerprint)}.safetensors"
-        entry = _read(path)
-        if entry is None:
-            mean, std = (part[0].cpu().contiguous() for part in family.encode(pixels[None]))
-            entry = mean, std
-            safeio.write(path, safetensors.torch.save({"mean": mean, "std": std}))
-        found.append(entry)
+    for item, some in zip(items, shown, strict=True):
+        picture = read_picture(item.path, ground)
+        found.append([_entry(variants.pixels(picture, one), fingerprint, family, folder) for one in some])
     return found
+
+
+def _entry(pixels: Tensor, fingerprint: str, family: Family, folder: Path) -> tuple[Tensor, Tensor]:
+    path = folder / f"{key(pixels, fingerprint)}.safetensors"
+    entry = _read(path)
+    if entry is None:
+        mean, std = (part[0].cpu().contiguous() for part in family.encode(pixels[None]))
+        entry = mean, std
+        safeio.write(path, safetensors.torch.save({"mean": mean, "std": std}))
+    return entry
 
 
 def key(pixels: Tensor, fingerprint: str) -> str:

@@ -1,7 +1,8 @@
 """Pixels of any kind become 8-bit sRGB on a ground: depth, colour model, colour profile, transparency, in this order."""
 
 import io
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,21 +14,25 @@ RANGES = (1.0, 255.0, 65535.0)
 """What white may be where a format does not say: fractions, 8 bits and 16 bits."""
 NEARLY_SAME = 2
 """A profile that moves no colour by more than this many of 255 levels is sRGB, whatever its name."""
+SRGB_GAMMA, SRGB_COLOURS = 0.45455, (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+"""What a PNG says of sRGB in gAMA and cHRM (white, red, green, blue): its numbers are light to the power of that."""
+D50 = (0.9642, 1.0, 0.8249)
+BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
 """TIFF's tag of what a number means; Pillow heeds it for 8 bits only."""
 
 
-def to_rgb(picture: Image.Image, ground: str) -> tuple[Image.Image, list[str]]:
-    """The picture as RGB, and notes on what that took: codes of `sdlora.data.reasons`."""
+def to_rgb(picture: Image.Image, ground: str) -> tuple[Image.Image, Image.Image | None, list[str]]:
+    """The picture as RGB, its transparency unless it has none (L), and notes on what that took: codes of `sdlora.data.reasons`."""
     alpha = _alpha(picture)
     colours, notes = _eight_bits(picture)
-    colours = _to_srgb(colours, picture.info.get("icc_profile"), notes)
+    colours = _to_srgb(colours, picture.info, notes)
     if alpha is None or alpha.getextrema() == (255, 255):
-        return (colours.copy() if colours is picture else colours), notes  # free of the file that it was read from
+        return (colours.copy() if colours is picture else colours), None, notes  # free of the file that it was read from
     notes += ["alpha-on-ground", *["fully-transparent"] * (alpha.getextrema() == (0, 0))]
     below = Image.new("RGB", colours.size, ImageColor.getrgb(ground)[:3])
     below.paste(colours, mask=alpha)
-    return below, notes
+    return below, alpha, notes
 
 
 def _alpha(picture: Image.Image) -> Image.Image | None:
@@ -92,19 +97,23 @@ def _white(brightest: float) -> float:
     return fits[0] if fits else brightest
 
 
-def _to_srgb(colours: Image.Image, profile: object, notes: list[str]) -> Image.Image:
+def _to_srgb(colours: Image.Image, info: Mapping[Any, Any], notes: list[str]) -> Image.Image:
     if colours.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return _converted(colours, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
-    if profile:
-        try:
+    profile, done, broken = info.get("icc_profile"), "icc-to-srgb", "icc-broken"
+    try:
+        if not profile and "gamma" in info and "srgb" not in info:
+            done, broken = "png-gamma-to-srgb", "png-gamma-broken"
+            profile = _profile(info["gamma"], info.get("chromaticity", SRGB_COLOURS))
+        if profile:
             mode, transform = _transform(bytes(profile) if isinstance(profile, bytes) else b"", colours.mode)
             if transform is not None:
                 converted = _converted(colours.convert(mode), transform)
-                notes.append("icc-to-srgb")
+                notes.append(done)
                 return converted
-        except (ImageCms.PyCMSError, OSError, ValueError):
-            notes.append("icc-broken")
+    except (ImageCms.PyCMSError, OSError, ValueError, ArithmeticError, struct.error):
+        notes.append(broken)
     return colours if colours.mode == "RGB" else colours.convert("RGB")
 
 
@@ -112,6 +121,34 @@ def _converted(colours: Image.Image, transform: ImageCms.ImageCmsTransform) -> I
     converted = ImageCms.applyTransform(colours, transform)
     assert converted is not None  # it is None only when it works in place
     return converted
+
+
+def _profile(gamma: float, chromaticity: Sequence[float]) -> bytes:
+    """What a PNG says in gAMA and cHRM as a colour profile (ICC.1:2001-04, matrix and curves); of sRGB's own nothing, as browsers do."""
+    if np.abs(np.subtract([gamma, *chromaticity], [SRGB_GAMMA, *SRGB_COLOURS])).max() < 0.005:
+        return b""
+    if not 0.01 <= gamma <= 10:
+        raise ValueError("no display has such a gamma")
+    white, *primaries = [np.array([x / y, 1, (1 - x - y) / y]) for x, y in zip(chromaticity[::2], chromaticity[1::2], strict=True)]
+    xyz = np.stack(primaries, 1)
+    adapted = np.linalg.inv(BRADFORD) @ np.diag((BRADFORD @ D50) / (BRADFORD @ white)) @ BRADFORD
+    columns = (adapted @ xyz @ np.diag(np.linalg.solve(xyz, white))).T
+    parts = [
+        (name, b"XYZ \0\0\0\0" + _fixed(place)) for name, place in zip((b"rXYZ", b"gXYZ", b"bXYZ", b"wtpt"), [*columns, D50], strict=True)
+    ]
+    curve = b"curv\0\0\0\0" + struct.pack(">IHxx", 1, round(256 / gamma))
+    parts += [(name, curve) for name in (b"rTRC", b"gTRC", b"bTRC")]
+    parts += [(b"desc", b"desc\0\0\0\0" + struct.pack(">I", 1) + bytes(79)), (b"cprt", b"text\0\0\0\0\0\0\0\0")]
+    start, table, body = 132 + 12 * len(parts), struct.pack(">I", len(parts)), b""
+    for name, part in parts:
+        padded = part + bytes(-len(part) % 4)
+        table, body = table + struct.pack(">4sII", name, start + len(body), len(part)), body + padded
+    head = struct.pack(">I4xI4s4s4s12x4s28x", start + len(body), 0x02400000, b"mntr", b"RGB ", b"XYZ ", b"acsp") + _fixed(D50) + bytes(48)
+    return head + table + body
+
+
+def _fixed(values: Sequence[float] | NDArray[Any]) -> bytes:
+    return struct.pack(">3i", *(round(float(value) * 65536) for value in values))
 
 
 @lru_cache(maxsize=16)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdlora.config import Run
-from sdlora.data import batches, buckets, captions, doctor, reasons, scan
+from sdlora.config import Folder, Run
+from sdlora.data import batches, buckets, captions, doctor, reasons, scan, variants
+from sdlora.data.variants import Variant
 from sdlora.errors import UserError
 from sdlora.family import Family
 
@@ -20,7 +21,18 @@ from sdlora.family import Family
 class Dataset:
     account: scan.Account
     captions: list[list[str]]  # of each picture, with the trigger in them
-    sizes: list[buckets.Size]
+    variants: list[tuple[Variant, ...]]  # of each picture
+
+    @property
+    def sizes(self) -> list[buckets.Size]:
+        """The first size of each picture."""
+        return [shown[0].size for shown in self.variants]
+
+    @property
+    def buckets(self) -> Counter[buckets.Size]:
+        """How many pictures are trained at each size."""
+        trained = [shown for item, shown in zip(self.account.used, self.variants, strict=True) if not item.held_out]
+        return Counter(size for shown in trained for size in dict.fromkeys(one.size for one in shown))
 
     @property
     def pool(self) -> list[int]:
@@ -33,11 +45,14 @@ class Dataset:
         return [i for i, item in enumerate(self.account.used) if item.held_out]
 
 
-def read_dataset(run: Run, unpacked: Path) -> Dataset:
-    """Scan the folders and settle every caption; sizes follow once the base is loaded. ZIPs are unpacked below `unpacked`."""
+def read_dataset(run: Run, unpacked: Path, drawn: Path | None = None) -> Dataset:
+    """Scan the folders and settle every caption; sizes follow once the base is loaded. ZIPs are unpacked below `unpacked`; `drawn`
+    holds regularisation pictures that the user did not give."""
     if not run.data.sources:
         raise UserError("E-DATA-01", "no folder of pictures is named", "data.folder", "sdlora train DIR")
-    account = hold_out(scan.scan_all(run.data.sources, run.data.skip_unreadable, unpacked), run.validation.share, run.seed)
+    drawn_too = [Folder(folder=str(drawn), kind="regularisation")] if drawn else []
+    account = scan.scan_all([*run.data.sources, *drawn_too], run.data.skip_unreadable, unpacked, run.data.alpha_mask)
+    account = hold_out(account, run.validation.share, run.seed)
     return Dataset(account, [captions.templates(item, run) for item in account.used], [])
 
 
@@ -52,10 +67,17 @@ def hold_out(account: scan.Account, share: float, seed: int) -> scan.Account:
 
 
 def fit_dataset(dataset: Dataset, run: Run, family: Family) -> Dataset:
-    """The dataset with the size that each picture takes on this base."""
+    """The dataset with the ways in which each picture is shown on this base."""
+    available = _available(run, family)
+    ways = [variants.variants(item, run, available) for item in dataset.account.used]
+    ways = [some[:1] if item.held_out else some for item, some in zip(dataset.account.used, ways, strict=True)]  # measured as they are
+    return dataclasses.replace(dataset, variants=ways)
+
+
+def _available(run: Run, family: Family) -> list[list[buckets.Size]]:
+    """The sizes of each resolution."""
     assert run.data.resolution_px is not None
-    available = buckets.sizes(run.data.resolution_px, family.step_px)
-    return dataclasses.replace(dataset, sizes=[buckets.choose(item.width, item.height, available) for item in dataset.account.used])
+    return [buckets.sizes(side, family.step_px) for side in (run.data.resolution_px, *run.data.further_resolutions_px)]
 
 
 def findings(dataset: Dataset, run: Run, family: Family) -> list[doctor.Finding]:
@@ -83,20 +105,20 @@ def ledger(dataset: Dataset, run: Run, family: Family, found: Sequence[doctor.Fi
     assert train.batch_size is not None
     assert run.data.prior_share is not None
     samples = train.steps * train.batch_size * train.accumulation
-    shown = batches.shown(dataset.pool, run.seed, run.data.prior_share, samples)
+    shown = batches.shown(dataset.pool, [*map(len, dataset.variants)], run.seed, run.data.prior_share, samples)
+    available = _available(run, family)
     used = []
-    for i, (item, texts, size) in enumerate(zip(account.used, dataset.captions, dataset.sizes, strict=True)):
+    for i, (item, texts, ways) in enumerate(zip(account.used, dataset.captions, dataset.variants, strict=True)):
         file = account.name(item.path)
-        enlarged = buckets.enlargement(item.width, item.height, size) > 1
-        codes = [*item.notes, *["upscaled"] * enlarged, *warned.get(file, [])]
+        enlarged = buckets.enlargement(item.width, item.height, ways[0].size) > 1
+        fewer = {one.size for one in ways} != {buckets.choose(item.width, item.height, some) for some in available}
+        codes = [*item.notes, *["upscaled"] * enlarged, *["fewer-resolutions"] * fewer, *warned.get(file, [])]
         used.append(
             {
                 "file": file,
                 "fate": "warned" if file in warned else reasons.fate(codes),
                 "why": codes,
                 "size_px": [item.width, item.height],
-                "bucket_px": list(size),
-                "crop_px": [round(edge, 1) for edge in buckets.crop_box(item.width, item.height, size)],
                 "captions": texts,
                 "tokens": [len(family.spans(captions.longest(one))) for one in texts],
                 "mask": account.name(item.mask) if item.mask else None,
@@ -104,7 +126,7 @@ def ledger(dataset: Dataset, run: Run, family: Family, found: Sequence[doctor.Fi
                 "weight": item.weight,
                 "regularisation": item.regularisation,
                 "held_out": item.held_out,
-                "shown": shown[i],
+                **_ways(item, ways, [shown[i, number] for number in range(len(ways))]),
             }
         )
     left_out = [{"file": account.name(out.path), "fate": "left_out", "why": [*out.why], "detail": out.detail} for out in account.left_out]
@@ -125,10 +147,29 @@ def ledger(dataset: Dataset, run: Run, family: Family, found: Sequence[doctor.Fi
             "samples_of_pictures": sum(shown.values()),
             "samples_an_epoch": len(dataset.pool),
             "epochs": round(sum(shown.values()) / len(dataset.pool), 2),
-            "buckets_px": {f"{w}x{h}": count for (w, h), count in Counter(dataset.sizes).most_common()},
+            "buckets_px": {f"{w}x{h}": count for (w, h), count in dataset.buckets.most_common()},
             "disk_bytes": disk_bytes(dataset, family),
         },
     }
+
+
+def _ways(item: scan.Item, ways: Sequence[Variant], times: Sequence[int]) -> dict[str, Any]:
+    """In which ways a picture is shown, and how often so; the first of them is also the picture's own size and crop."""
+    shown: list[dict[str, Any]] = [
+        {
+            "bucket_px": list(one.size),
+            "crop_px": [round(edge, 1) for edge in buckets.taken(item.width, item.height, one.size, one.crop)],
+            "colour": [round(factor, 3) for factor in one.colour],
+            "mirrored": one.flip,
+            "shown": count,
+        }
+        for one, count in zip(ways, times, strict=True)
+    ]
+    per_size: Counter[str] = Counter()
+    for one, count in zip(ways, times, strict=True):
+        per_size["{}x{}".format(*one.size)] += count
+    first = {key: shown[0][key] for key in ("bucket_px", "crop_px")}
+    return {**first, "shown": sum(times), "shown_at": dict(per_size), "shown_as": shown}
 
 
 def said(finding: doctor.Finding) -> str:
@@ -138,5 +179,6 @@ def said(finding: doctor.Finding) -> str:
 
 
 def disk_bytes(dataset: Dataset, family: Family) -> int:
-    """What the cached latents take: mean and standard deviation of each picture, fp32."""
-    return sum(8 * family.latent_channels * math.prod(side // family.latent_factor for side in size) for size in dataset.sizes)
+    """What the cached latents take: mean and standard deviation of each variant of each picture, fp32."""
+    sizes = [one.size for shown in dataset.variants for one in shown]
+    return sum(8 * family.latent_channels * math.prod(side // family.latent_factor for side in size) for size in sizes)

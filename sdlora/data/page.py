@@ -50,23 +50,28 @@ def _card(row: Mapping[str, Any], item: Item | None, ground: str) -> str:
     why = [f"{code}: {({**doctor.REASONS, **reasons.REASONS}).get(code, '')}" for code in row["why"]]
     shown = ""
     if item:
-        size, bucket = ("x".join(map(str, row[key])) for key in ("size_px", "bucket_px"))
+        size, bucket = "x".join(map(str, row["size_px"])), " and ".join(row["shown_at"])
+        crops = [one["crop_px"] for one in row["shown_as"]]
+        ways = f" in {len(row['shown_as'])} ways" if len(row["shown_as"]) > 1 else ""
         said = escape(" / ".join(row["captions"])) or "<i>no caption</i>"
         shown = (
-            f"<img alt='' src='data:image/jpeg;base64,{_thumbnail(item, row['crop_px'], ground)}'><p>{said}</p>"
-            f"<p><small>{size} px, trained at {bucket}, shown {row['shown']} times</small></p>"
+            f"<img alt='' src='data:image/jpeg;base64,{_thumbnail(item, crops, ground)}'><p>{said}</p>"
+            f"<p><small>{size} px, trained at {bucket}, shown {row['shown']} times{ways}</small></p>"
         )
     return f"<div class='card {row['fate']}'><b>{escape(row['file'])}</b> {row['fate'].replace('_', ' ')}{shown}<ul>{_list(why)}</ul></div>"
 
 
-def _thumbnail(item: Item, crop: Sequence[float], ground: str) -> str:
-    """The picture, dimmed where it is cut off: JPEG in base64."""
+def _thumbnail(item: Item, crops: Sequence[Sequence[float]], ground: str) -> str:
+    """The picture, dimmed where its first crop cuts it off, with the others' edges: JPEG in base64."""
     picture = read_picture(item.path, ground)
     factor = THUMBNAIL_PX / max(picture.size)
     small = picture.resize([max(1, round(side * factor)) for side in picture.size], Image.Resampling.LANCZOS)
     kept = Image.new("L", small.size, 90)
-    box = [round(edge * factor) for edge in crop]
-    ImageDraw.Draw(kept).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=255)
+    boxes = [[round(edge * factor) for edge in crop] for crop in crops]
+    inside = [(box[0], box[1], box[2] - 1, box[3] - 1) for box in boxes]
+    ImageDraw.Draw(kept).rectangle(inside[0], fill=255)
+    for further in inside[1:]:
+        ImageDraw.Draw(kept).rectangle(further, outline=160)
     buffer = io.BytesIO()
     Image.composite(small, Image.new("RGB", small.size, "#777"), kept).save(buffer, "JPEG", quality=85)
     return base64.b64encode(buffer.getvalue()).decode()

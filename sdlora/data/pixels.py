@@ -56,6 +56,7 @@ class UnreadableError(Exception):
 class Decoded:
     picture: Image.Image  # RGB, sRGB, upright
     notes: tuple[str, ...]  # codes of `sdlora.data.reasons`
+    alpha: Image.Image | None = None  # L, 255 where nothing is seen through; none where that is everywhere
 
 
 def read_picture(path: Path, ground: str = "white") -> Image.Image:
@@ -85,10 +86,10 @@ def decode(path: Path, ground: str = "white") -> Decoded:
         raise UnreadableError(f"cut off or damaged ({str(error) or type(error).__name__})", "damaged") from None
     turned, broken = exif.checked(tag) if _tiff(opened) else exif.orientation(opened.info)  # known only now: it may follow the pixels
     notes += ["exif-turned"] * (turned != exif.UPRIGHT) + broken
-    picture, more = colours.to_rgb(_as_stored(opened, content), ground)
+    picture, alpha, more = colours.to_rgb(_as_stored(opened, content), ground)
     if turned != exif.UPRIGHT and not _tiff(opened):  # Pillow has turned a TIFF as it read it
-        picture = picture.transpose(TURNS[turned])
-    return Decoded(picture, (*notes, *more))
+        picture, alpha = picture.transpose(TURNS[turned]), alpha and alpha.transpose(TURNS[turned])
+    return Decoded(picture, (*notes, *more), alpha)
 
 
 def _read(path: Path) -> bytes:

@@ -28,7 +28,7 @@ class Item:
     height: int
     look: Look
     captions: tuple[str, ...]  # as they are written, one of which is said in each sample; none where nothing says one
-    mask: Path | None = None  # a picture of the same shape whose black parts do not count
+    mask: Path | None = None  # a picture of the same shape whose black parts do not count; its own path where its transparency says so
     repeats: int = 1  # times that an epoch shows it
     weight: float = 1.0  # of its loss
     regularisation: bool = False
@@ -89,8 +89,9 @@ def scan(folder: Path, skip_unreadable: bool) -> Account:
     return scan_all([Folder(folder=str(folder))], skip_unreadable, folder.parent)
 
 
-def scan_all(folders: Sequence[Folder], skip_unreadable: bool, unpacked: Path) -> Account:
-    """Read the layout of each folder and decode every picture once; ZIPs are unpacked below `unpacked`.
+def scan_all(folders: Sequence[Folder], skip_unreadable: bool, unpacked: Path, alpha_mask: bool = False) -> Account:
+    """Read the layout of each folder and decode every picture once; ZIPs are unpacked below `unpacked`. With `alpha_mask` the
+    transparency of a picture that has no mask is its mask.
 
     Raises one `UserError` that lists all that is wrong, unless it is unreadable pictures and those are to be skipped.
     """
@@ -100,7 +101,7 @@ def scan_all(folders: Sequence[Folder], skip_unreadable: bool, unpacked: Path) -
     layouts = [understand(root, _found(root, roots)) for root in roots]
     pictures = [(picture, folder) for folder, layout in zip(folders, layouts, strict=True) for picture in layout.pictures]
     with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:  # decoders and filters let other threads run
-        decoded = list(pool.map(lambda pair: _decode(*pair), pictures))
+        decoded = list(pool.map(lambda pair: _decode(pair[0], pair[1], alpha_mask), pictures))
     used = [one for one in decoded if isinstance(one, Item)]
     left_out = [LeftOut(one.path, one.notes) for layout in layouts for one in layout.lost]
     left_out += [one for one in decoded if isinstance(one, LeftOut)]
@@ -126,23 +127,24 @@ def _refuse_twins(roots: Sequence[Path]) -> None:
             raise UserError("E-DATA-06", what, root, "name it once in data.folder and data.folders, with repeats if need be")
 
 
-def _decode(picture: Picture, folder: Folder) -> Item | LeftOut:
+def _decode(picture: Picture, folder: Folder, alpha_mask: bool) -> Item | LeftOut:
     try:
         decoded = decode(picture.path)
         if picture.mask:
             masks.check(picture.mask, *decoded.picture.size)
     except UnreadableError as error:
         return LeftOut(picture.path, (error.code,), str(error))
+    own = alpha_mask and not picture.mask and decoded.alpha is not None
     return Item(
         picture.path,
         *decoded.picture.size,
         look(decoded.picture),
         picture.captions,
-        picture.mask,
+        picture.path if own else picture.mask,
         picture.repeats * folder.repeats,
         folder.weight,
         folder.kind == "regularisation",
-        tuple(dict.fromkeys([*picture.notes, *decoded.notes])),
+        tuple(dict.fromkeys([*picture.notes, *decoded.notes, *["alpha-as-mask"] * own])),
         folder.kind == "validation",
     )
 
