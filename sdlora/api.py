@@ -13,7 +13,7 @@ from PIL import Image
 
 from sdlora import config, family, job, pictures, safeio, settings
 from sdlora.config import Run
-from sdlora.data import edits, ledger, page
+from sdlora.data import edits, ledger, page, store
 from sdlora.data.edits import Edit
 from sdlora.errors import UserError
 from sdlora.generate import Recipe
@@ -76,12 +76,14 @@ def train(run: Run, out: Path) -> Iterator[Event]:
 def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:
     """What a run with these settings would do with every picture, as `ledger.json` has it; and that as a web page, made when called.
 
-    Nothing is trained. ZIPs are unpacked below `unpacked`.
+    Nothing is trained. ZIPs are unpacked below `unpacked`. `notes` of the table says what the user should know of the cache.
     """
-    found = ledger.read_dataset(run, unpacked)
+    kept = store.usual()
+    found = ledger.read_dataset(run, unpacked, kept)
     loaded = family.load(family.find(run.base), torch.device("cpu"), torch.float32)
     dataset = ledger.fit_dataset(found, run, loaded)
     table = ledger.ledger(dataset, run, loaded, ledger.findings(dataset, run, loaded))
+    table["notes"] = [kept.note] if kept.note else []
     account = dataset.account
     items = [(account.name(item.path), item) for item in account.used]
     return table, lambda: page.page(f"The pictures of {run.name}", table, items, run.data.ground)

@@ -234,6 +234,7 @@ def report(ledger: dict[str, Any]) -> str:
             said = " / ".join(row["captions"])
             lines.append(f"{row['file']}: {row['fate']}{why}, {size} px at {bucket}, shown {row['shown']} times: {said}")
     lines += [f"{row['file']}: {', '.join(row['why'])}" for row in ledger["other_files"]]
+    lines += ledger["notes"]
     lines.append(
         f"{totals['found']} pictures found, {totals['used']} used ({totals['of_these_warned']} with warnings), "
         f"{totals['left_out']} left out; {totals['steps']} steps, {totals['epochs']} epochs of {totals['samples_an_epoch']}; "

@@ -17,9 +17,10 @@ from torch import Tensor
 from sdlora import devices, family, lookup, pictures, safeio, score, settings, state
 from sdlora.adapter import Bank, choose_sites
 from sdlora.config import Run, flat, parse, to_toml
-from sdlora.data import cache, captions, ledger, masks
+from sdlora.data import cache, captions, ledger, masks, store
 from sdlora.data.batches import Prepared
 from sdlora.data.ledger import Dataset
+from sdlora.data.store import Store
 from sdlora.errors import NUMBERS, UserError
 from sdlora.family import Base, Family
 from sdlora.generate import Recipe
@@ -55,6 +56,7 @@ class Job:
     began: float  # seconds since 1970
     dataset: Dataset
     names: list[str]  # of the layers that are adapted
+    kept: Store = field(default_factory=Store)  # what earlier runs computed
 
 
 def run(settled: Run, base: Base, out: Path) -> Iterator[Event]:
@@ -62,9 +64,10 @@ def run(settled: Run, base: Base, out: Path) -> Iterator[Event]:
     began = time.time()
     accelerator, dtype = devices.for_training(given(settled.train.precision))
     differs = check_folder(settled, out)
-    found = ledger.read_dataset(settled, out / "cache")
+    kept = store.usual(out / "cache")
+    found = ledger.read_dataset(settled, out / "cache", kept)
     loaded = family.load(base, accelerator.device, dtype)
-    job = Job(settled, base, out, began, ledger.fit_dataset(found, settled, loaded), sites(settled, loaded))
+    job = Job(settled, base, out, began, ledger.fit_dataset(found, settled, loaded), sites(settled, loaded), kept)
     prepare_folder(settled, out)
     for event in _train(job, loaded, accelerator, differs):
         record = {"time": round(time.time(), 3)} | {k: v for k, v in dataclasses.asdict(event).items() if v not in ("", None, {})}
@@ -108,11 +111,13 @@ def _train(job: Job, loaded: Family, accelerator: Accelerator, notes: list[str])
     safeio.write(job.out / "ledger.json", json.dumps(ledger.ledger(dataset, settled, loaded, found), indent=1))
     for finding in (one for one in found if one.severity == "warn"):
         yield Event("warning", ledger.said(finding))
-    wanted = (dataset.account.used, dataset.sizes, settled.data.ground, loaded, job.out / "cache")
+    wanted = (dataset.account.used, dataset.sizes, settled.data.ground, loaded, job.kept)
     latents = cache.latents(*wanted)
     flipped = cache.latents(*wanted, flip=True) if settled.data.flip else []
     bank = Bank(loaded.components)
     learner = new_learner(job, loaded, bank, accelerator, latents, flipped)
+    if job.kept.note:
+        yield Event("warning", job.kept.note)
     yield Event("note", adapted(bank, settled.name, loaded))
     first, damaged = state.restore(job.out, [learner])
     for path in damaged:
@@ -183,8 +188,7 @@ def prepared(job: Job, loaded: Family, latents: Latents, flipped: Latents = ()) 
     text = loaded.tokens([*said, *kept, ""])
     varying = captions.vary(items, settled.data)
     if not varying and not any(name.startswith("text_encoder") for name in job.names):
-        with torch.no_grad():
-            text = loaded.states(text)
+        text = cache.states(text, loaded, job.kept)
 
     def final(picture: int, number: int) -> Tensor:
         return loaded.tokens([captions.final(items[picture], settled, number)])[0].cpu()

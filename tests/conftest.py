@@ -23,6 +23,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test has a cache of its own, and programs that it starts have the same."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("SDLORA_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random base of SD 1's structure: pictures of 32 px, four pixels to a latent."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from sdlora.config import Run
 from sdlora.data import batches, buckets, captions, doctor, reasons, scan
+from sdlora.data.store import Store
 from sdlora.errors import UserError
 from sdlora.family import Family
 
@@ -27,11 +28,11 @@ class Dataset:
         return [i for i, item in enumerate(self.account.used) for _ in range(item.repeats)]
 
 
-def read_dataset(run: Run, unpacked: Path) -> Dataset:
+def read_dataset(run: Run, unpacked: Path, store: Store | None = None) -> Dataset:
     """Scan the folders and settle every caption; sizes follow once the base is loaded. ZIPs are unpacked below `unpacked`."""
     if not run.data.sources:
         raise UserError("E-DATA-01", "no folder of pictures is named", "data.folder", "sdlora train DIR")
-    account = scan.scan_all(run.data.sources, run.data.skip_unreadable, unpacked)
+    account = scan.scan_all(run.data.sources, run.data.skip_unreadable, unpacked, store)
     return Dataset(account, [captions.templates(item, run) for item in account.used], [])
 
 
