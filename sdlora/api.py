@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdlora import config, family, job, pictures, safeio, settings
+from sdlora import config, estimate, family, job, pictures, safeio, settings
 from sdlora.config import Run
 from sdlora.data import edits, ledger, page, store
 from sdlora.data.edits import Edit
@@ -83,6 +83,7 @@ def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:
     loaded = family.load(family.find(run.base), torch.device("cpu"), torch.float32)
     dataset = ledger.fit_dataset(found, run, loaded)
     table = ledger.ledger(dataset, run, loaded, ledger.findings(dataset, run, loaded))
+    table["totals"] |= estimate.totals(run, loaded, job.sites(run, loaded), dataset.sizes, kept)
     table["notes"] = [kept.note] if kept.note else []
     account = dataset.account
     items = [(account.name(item.path), item) for item in account.used]

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdlora import devices, family, lookup, pictures, safeio, score, settings, state
+from sdlora import devices, estimate, family, lookup, pictures, safeio, score, settings, state
 from sdlora.adapter import Bank, choose_sites
 from sdlora.config import Run, flat, parse, to_toml
 from sdlora.data import cache, captions, ledger, masks, store
@@ -69,10 +69,16 @@ def run(settled: Run, base: Base, out: Path) -> Iterator[Event]:
     loaded = family.load(base, accelerator.device, dtype)
     job = Job(settled, base, out, began, ledger.fit_dataset(found, settled, loaded), sites(settled, loaded), kept)
     prepare_folder(settled, out)
-    for event in _train(job, loaded, accelerator, differs):
+    timing, pace = estimate.pace_name(settled, loaded), list[tuple[int, float]]()
+    events = _train(job, loaded, accelerator, differs)
+    del loaded  # the events make room once it is trained
+    for event in events:
         record = {"time": round(time.time(), 3)} | {k: v for k, v in dataclasses.asdict(event).items() if v not in ("", None, {})}
         safeio.append_line(out / "events.jsonl", json.dumps(record))
+        if event.kind == "step" and event.step % settled.train.log_every == 0:  # the others are told later than they were done
+            pace.append((event.step, time.monotonic()))
         yield event
+    estimate.keep_pace(timing, kept, pace)
 
 
 def check_folder(settled: Run, out: Path) -> list[str]:
@@ -108,7 +114,9 @@ def _train(job: Job, loaded: Family, accelerator: Accelerator, notes: list[str])
     for note in [*notes, dataset.account.line()]:
         yield Event("note", note)
     found = ledger.findings(dataset, settled, loaded)
-    safeio.write(job.out / "ledger.json", json.dumps(ledger.ledger(dataset, settled, loaded, found), indent=1))
+    table = ledger.ledger(dataset, settled, loaded, found)
+    table["totals"] |= estimate.totals(settled, loaded, job.names, dataset.sizes, job.kept)
+    safeio.write(job.out / "ledger.json", json.dumps(table, indent=1))
     for finding in (one for one in found if one.severity == "warn"):
         yield Event("warning", ledger.said(finding))
     wanted = (dataset.account.used, dataset.sizes, settled.data.ground, loaded, job.kept)

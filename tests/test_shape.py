@@ -14,7 +14,7 @@ LAYERS = [
     "errors", "lookup", "settings", "randomness", "safeio", "defaults", "config",
     "adapter", "family", "objective", "families", "adapters", "objectives",
     "devices", "data", "generate", "optim", "packs", "pictures", "score",
-    "train", "state", "studio", "job", "api", "terminal", "verbs", "cli",
+    "train", "state", "studio", "estimate", "job", "api", "terminal", "verbs", "cli",
 ]  # fmt: skip
 """Bottom up; a module imports only from modules before its own."""
 CHOICES = ("families", "adapters", "objectives")
