@@ -8,7 +8,6 @@ import pytest
 import small
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 from sdlora import api, cli, estimate, job
 from sdlora.data.store import Store
