@@ -1,6 +1,7 @@
 """What a look at a file showed, kept by the file's state on the disk: a file that nobody touched is not decoded to be looked at again.
 
-That state is a hint and no proof. Latents are named by the pixels themselves, and `cache` finds out a picture that is not what was seen.
+That state is a hint and no proof: Windows, for one, does not tell when a file was changed whose time was set back. Latents are named by the
+pixels themselves, and `cache` finds out a picture that is not what was seen.
 """
 
 import dataclasses
@@ -61,7 +62,7 @@ def _name(path: Path) -> str | None:
     if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < SETTLED_NS:
         return None
     digest = hashlib.blake2b(os.fsencode(path.absolute()), digest_size=20)
-    state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)  # no program can set back the time of change, ctime
+    state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)  # ctime no program sets back, but on Windows
     digest.update(f"\0{state} {_looker()}".encode())
     return f"{digest.hexdigest()}.look"
 
