@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdlora import config, family, job, pictures, priors, record, safeio, settings
+from sdlora import config, estimate, family, job, pictures, priors, record, safeio, settings
 from sdlora.config import Run
-from sdlora.data import captioning, edits, ledger, page
+from sdlora.data import captioning, edits, ledger, page, store
 from sdlora.data.captioning import Captioning
 from sdlora.data.edits import Edit
 from sdlora.errors import UserError
@@ -98,12 +98,15 @@ def events(run: Path, since: int = 0) -> tuple[list[dict[str, Any]], int]:
 def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:
     """What a run with these settings would do with every picture, as `ledger.json` has it; and that as a web page, made when called.
 
-    Nothing is trained. ZIPs are unpacked below `unpacked`.
+    Nothing is trained. ZIPs are unpacked below `unpacked`. `notes` of the table says what the user should know of the cache.
     """
-    found = ledger.read_dataset(run, unpacked)
+    kept = store.usual()
+    found = ledger.read_dataset(run, unpacked, kept)
     loaded = family.load(family.find(run.base), torch.device("cpu"), torch.float32)
-    dataset = priors.with_drawn(ledger.fit_dataset(found, run, loaded), run, loaded, unpacked)
+    dataset = priors.with_drawn(ledger.fit_dataset(found, run, loaded), run, loaded, unpacked, kept)
     table = ledger.ledger(dataset, run, loaded, ledger.findings(dataset, run, loaded))
+    table["totals"] |= estimate.totals(run, loaded, job.sites(run, loaded), list(dataset.buckets), kept)
+    table["notes"] = [kept.note] if kept.note else []
     account = dataset.account
     items = [(account.name(item.path), item) for item in account.used]
     return table, lambda: page.page(f"The pictures of {run.name}", table, items, run.data.ground)

@@ -239,12 +239,21 @@ def report(ledger: dict[str, Any]) -> str:
             said = " / ".join(row["captions"])
             lines.append(f"{row['file']}: {row['fate']}{why}, {size} px at {bucket}, shown {row['shown']} times: {said}")
     lines += [f"{row['file']}: {', '.join(row['why'])}" for row in ledger["other_files"]]
+    lines += ledger["notes"]
     lines.append(
         f"{totals['found']} pictures found, {totals['used']} used ({totals['of_these_warned']} with warnings), "
         f"{totals['left_out']} left out; {totals['steps']} steps, {totals['epochs']} epochs of {totals['samples_an_epoch']}; "
-        f"cache {totals['disk_bytes'] / 1e6:.1f} MB"
+        f"cache {totals['disk_bytes'] / 1e6:.1f} MB, memory about {totals['memory_bytes']['total'] / 1e9:.2f} GB beside the libraries, "
+        f"{training_time(totals['seconds'])}"
     )
     return "\n".join(lines)
+
+
+def training_time(seconds: float | None) -> str:
+    """What is known of it: nothing is measured here."""
+    if seconds is None:
+        return "time not known until a run of this kind was made on this machine"
+    return f"about {max(1, round(seconds / 60))} min of steps, going by the last run of this kind on this machine"
 
 
 def warn_of_cuts(studio: "Studio", prompts: list[str]) -> None:

@@ -10,13 +10,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def for_training(precision: str) -> tuple[Accelerator, torch.dtype]:
     """The accelerator, and the dtype of the frozen base. Precision is ours: accelerate only scales the gradients under fp16."""
+    device, dtype = chosen(precision)
+    if dtype == torch.float16 and device.type != "cuda":
+        what = f"fp16 needs a CUDA GPU for its gradient scaler; this run would be on {device.type}"
+        raise UserError("E-CONF-06", what, "train.precision", "use auto, bf16 or fp32")
+    return Accelerator(mixed_precision="fp16" if dtype == torch.float16 else "no", cpu=device.type == "cpu"), dtype
+
+
+def chosen(precision: str) -> tuple[torch.device, torch.dtype]:
+    """The device that a run takes, and the dtype of the frozen base there."""
     device = _device()
     if precision == "auto":
         precision = "bf16" if _computes_bf16(device) else "fp32" if device.type != "cuda" else "fp16"
-    if precision == "fp16" and device.type != "cuda":
-        what = f"fp16 needs a CUDA GPU for its gradient scaler; this run would be on {device.type}"
-        raise UserError("E-CONF-06", what, "train.precision", "use auto, bf16 or fp32")
-    return Accelerator(mixed_precision="fp16" if precision == "fp16" else "no", cpu=device.type == "cpu"), DTYPES[precision]
+    return device, DTYPES[precision]
 
 
 def for_pictures() -> tuple[torch.device, torch.dtype]:

@@ -8,7 +8,7 @@ import json
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,13 +17,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdlora import devices, family, lock, lookup, pictures, preview, priors, report, safeio, settings, state
+from sdlora import devices, estimate, family, lock, lookup, pictures, preview, priors, report, safeio, settings, state
 from sdlora.adapter import Bank, choose_sites
 from sdlora.config import Run, flat, parse, to_toml
 from sdlora.course import Course
-from sdlora.data import cache, captions, ledger, masks
+from sdlora.data import cache, captions, ledger, masks, store
 from sdlora.data.batches import Prepared
 from sdlora.data.ledger import Dataset
+from sdlora.data.store import Store
 from sdlora.errors import UserError
 from sdlora.events import Event, Log, patiently
 from sdlora.family import Base, Family
@@ -55,6 +56,7 @@ class Job:
     began: float  # seconds since 1970
     dataset: Dataset
     names: list[str]  # of the layers that are adapted
+    kept: Store = field(default_factory=Store)  # what earlier runs computed
 
 
 def run(settled: Run, base: Base, out: Path, stop: Stop | None = None) -> Iterator[Event]:
@@ -65,20 +67,27 @@ def run(settled: Run, base: Base, out: Path, stop: Stop | None = None) -> Iterat
     trackers = Trackers(settled.train.trackers, settled.name, out / "trackers")
     with lock.held(out) as unlocked:
         notes = check_folder(settled, out)
-        found = ledger.read_dataset(settled, out / "cache")
+        kept = store.usual(out / "cache")
+        found = ledger.read_dataset(settled, out / "cache", kept)
         loaded = family.load(base, accelerator.device, dtype)
-        job = Job(settled, base, out, began, ledger.fit_dataset(found, settled, loaded), sites(settled, loaded))
+        job = Job(settled, base, out, began, ledger.fit_dataset(found, settled, loaded), sites(settled, loaded), kept)
         doubtful = [Event("warning", doubt) for doubt in doubts(settled, loaded, job.names)]
         prepare_folder(settled, out, accelerator.device)
         log = Log(out / "events.jsonl")
         said = [Event("note", note) for note in notes] + [Event("warning", unlocked)] * bool(unlocked) + doubtful
+        told = itertools.chain(said, _train(job, loaded, accelerator, stop or Stop()))
+        timing, pace = estimate.pace_name(settled, loaded), list[tuple[int, float]]()
+        del loaded  # what tells makes room once it is trained
         try:
             with trackers:
-                for event in itertools.chain(said, _train(job, loaded, accelerator, stop or Stop())):
+                for event in told:
                     trackers.tell(log.add(event))
+                    if event.kind == "step" and event.step % settled.train.log_every == 0:  # the others are told later than they were done
+                        pace.append((event.step, time.monotonic()))
                     if event.kind in REPORTED:
                         write_report(out)
                     yield event
+            estimate.keep_pace(timing, kept, pace)
         except UserError as error:
             log.add(Event("failed", str(error)))
             write_report(out)
@@ -130,16 +139,20 @@ def _train(job: Job, loaded: Family, accelerator: Accelerator, stop: Stop) -> It
     settled = job.settled
     if settled.data.prior_pictures:
         yield Event("note", f"the base draws {settled.data.prior_pictures} regularisation pictures, unless they are in the run's cache")
-        job = dataclasses.replace(job, dataset=priors.with_drawn(job.dataset, settled, loaded, job.out / "cache"))
+        job = dataclasses.replace(job, dataset=priors.with_drawn(job.dataset, settled, loaded, job.out / "cache", job.kept))
     dataset = job.dataset
     yield Event("note", dataset.account.line())
     found = ledger.findings(dataset, settled, loaded)
-    safeio.write(job.out / "ledger.json", json.dumps(ledger.ledger(dataset, settled, loaded, found), indent=1))
+    table = ledger.ledger(dataset, settled, loaded, found)
+    table["totals"] |= estimate.totals(settled, loaded, job.names, list(dataset.buckets), job.kept)
+    safeio.write(job.out / "ledger.json", json.dumps(table, indent=1))
     for finding in (one for one in found if one.severity == "warn"):
         yield Event("warning", ledger.said(finding))
-    latents = cache.latents(dataset.account.used, dataset.variants, settled.data.ground, loaded, job.out / "cache")
+    latents = cache.latents(dataset.account.used, dataset.variants, settled.data.ground, loaded, job.kept)
     bank = Bank(loaded.components)
     learner = new_learner(job, loaded, bank, accelerator, latents)
+    if job.kept.note:
+        yield Event("warning", job.kept.note)
     yield Event("note", adapted(bank, settled.name, loaded))
     course = new_course(job, loaded, bank, learner, accelerator, stop)
     yield from take_up(course)
@@ -219,8 +232,7 @@ def prepared(job: Job, loaded: Family, latents: Latents) -> Prepared:
     text = loaded.tokens([*said, *kept, ""])
     varying = captions.vary(items, settled.data)
     if not varying and not any(name.startswith("text_encoder") for name in job.names):
-        with torch.no_grad():
-            text = loaded.states(text)
+        text = cache.states(text, loaded, job.kept)
 
     def final(picture: int, number: int) -> Tensor:
         return loaded.tokens([captions.final(items[picture], settled, number)])[0].cpu()

@@ -11,6 +11,7 @@ from sdlora.adapter import Bank
 from sdlora.config import Run
 from sdlora.data import ledger
 from sdlora.data.ledger import Dataset
+from sdlora.data.store import Store
 from sdlora.family import Family
 from sdlora.generate import Recipe
 from sdlora.randomness import stream
@@ -22,13 +23,13 @@ BATCH = 4
 """Drawn together, always the same ones: a picture's last bits depend on the batch that it is drawn in."""
 
 
-def with_drawn(dataset: Dataset, run: Run, loaded: Family, cache: Path) -> Dataset:
+def with_drawn(dataset: Dataset, run: Run, loaded: Family, cache: Path, kept: Store) -> Dataset:
     """The dataset with what the base has drawn, or draws now where that is missing; no adapter may be on it."""
     if not run.data.prior_pictures:
         return dataset
     folder = cache / "prior"
     draw(run, loaded, folder)
-    return ledger.fit_dataset(ledger.read_dataset(run, cache, folder), run, loaded)
+    return ledger.fit_dataset(ledger.read_dataset(run, cache, kept, folder), run, loaded)
 
 
 def draw(run: Run, loaded: Family, folder: Path) -> None:

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,15 +20,18 @@ from sdlora.errors import RESOURCES, UserError
 TEMPORARY = ".sdlora-tmp-"
 
 
-def write(path: Path, content: bytes | str) -> None:
-    """Put `content` at `path`, atomically and durably; makes the parent folders. Raises `UserError` when the disk refuses."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+def write(path: Path, content: bytes | str, durable: bool = True) -> None:
+    """Put `content` at `path`, atomically and durably; makes the parent folders. Raises `UserError` when the disk refuses.
+
+    Only what carries a checksum and can be made again, as a cache's entries, does without durability, which takes milliseconds a file.
+    """
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        _write_through(temporary, content.encode() if isinstance(content, str) else content)
+        _write_through(temporary, content.encode() if isinstance(content, str) else content, durable)
         os.replace(temporary, path)
-        _flush_folder(path.parent)
+        if durable:
+            _flush_folder(path.parent)
     except OSError as error:
         _discard(temporary)
         raise refused(error, path) from error
@@ -41,10 +45,9 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
 
 def write_tree(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
     """Put a new folder at `path` holding `files` by name, which may lie in subfolders; of an iterator one file at a time is held."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _discard(temporary)
         temporary.mkdir()
         for name, content in files:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +99,11 @@ def refused(error: OSError, path: Path) -> UserError:
     return UserError("E-DISK-02", f"cannot write here: {reason}; nothing was half-written", path, "choose another place with --out")
 
 
+def _temporary(path: Path) -> Path:
+    """A name that no other writer has: process ids alone are shared by containers that share a disk."""
+    return path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+
+
 def _discard(path: Path) -> None:
     """Remove a temporary name, whatever it is; a failure here must not hide the error that led to it."""
     if path.is_dir():
@@ -105,12 +113,13 @@ def _discard(path: Path) -> None:
         path.unlink()
 
 
-def _write_through(path: Path, content: bytes) -> None:
+def _write_through(path: Path, content: bytes, durable: bool = True) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     with os.fdopen(handle, "wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _flush_folder(path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sdlora import api, family
 from sdlora.data import buckets, cache, captions, pixels, scan, texts, walk
+from sdlora.data.store import CHECKSUM_BYTES, Store
 from sdlora.data.variants import Variant
 from sdlora.errors import BAD_INPUT, UserError
 from sdlora.family import Family
@@ -263,7 +264,7 @@ def latents(folder: Path, loaded: Family, where: Path) -> list[tuple[torch.Tenso
     items = scan.scan(folder, False).used
     available = buckets.sizes(32, loaded.step_px)
     shown = [[Variant(buckets.choose(item.width, item.height, available))] for item in items]
-    return [some[0] for some in cache.latents(items, shown, "white", loaded, where)]
+    return [some[0] for some in cache.latents(items, shown, "white", loaded, Store(where))]
 
 
 def entries(where: Path) -> dict[str, tuple[int, bytes]]:
@@ -299,20 +300,21 @@ def test_only_what_changed_is_encoded_again(loaded: Family, base: Path, tmp_path
     assert not torch.equal(swapped[1][0], edited[1][0])
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "flipped length", "not a number", "other tensors"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "a bit of the checksum", "a bit of the content", "another's entry", "no checksum"])
 def test_a_damaged_entry_is_made_again(damage: str, loaded: Family, pictures: Path, tmp_path: Path) -> None:
     first = latents(pictures, loaded, tmp_path)
     made = {name: content for name, (_, content) in entries(tmp_path).items()}
     name = min(made)
     content = made[name]
-    tensors = load_file(tmp_path / name)
-    {
-        "empty": lambda path: path.write_bytes(b""),
-        "cut": lambda path: path.write_bytes(content[:-5]),
-        "flipped length": lambda path: path.write_bytes(bytes([content[0] ^ 64]) + content[1:]),
-        "not a number": lambda path: save_file({**tensors, "mean": tensors["mean"] * float("nan")}, path),
-        "other tensors": lambda path: save_file({"x": tensors["mean"]}, path),
-    }[damage](tmp_path / name)
+    damaged = {
+        "empty": b"",
+        "cut": content[:-5],
+        "a bit of the checksum": bytes([content[0] ^ 64]) + content[1:],
+        "a bit of the content": content[:-1] + bytes([content[-1] ^ 1]),
+        "another's entry": made[max(made)],
+        "no checksum": content[CHECKSUM_BYTES:],
+    }[damage]
+    (tmp_path / name).write_bytes(damaged)
     again = latents(pictures, loaded, tmp_path)
     assert all(torch.equal(a, b) for pair, other in zip(first, again, strict=True) for a, b in zip(pair, other, strict=True))
     assert {name: content for name, (_, content) in entries(tmp_path).items()} == made
@@ -335,7 +337,7 @@ def test_a_cached_latent_is_the_encoders_word(loaded: Family, pictures: Path, tm
 def test_the_ground_is_part_of_the_picture(loaded: Family, pictures: Path, tmp_path: Path) -> None:
     latents(pictures, loaded, tmp_path)
     items = scan.scan(pictures, False).used
-    cache.latents(items, [[Variant((32, 32))]] * 5, "black", loaded, tmp_path / "black")
-    cache.latents(items, [[Variant((32, 32))]] * 5, "white", loaded, tmp_path / "white")
+    cache.latents(items, [[Variant((32, 32))]] * 5, "black", loaded, Store(tmp_path / "black"))
+    cache.latents(items, [[Variant((32, 32))]] * 5, "white", loaded, Store(tmp_path / "white"))
     differ = set(os.listdir(tmp_path / "black")) - set(os.listdir(tmp_path / "white"))
     assert len(differ) == 1, "only one picture is transparent"

@@ -15,7 +15,8 @@ LAYERS = [
     "adapter", "family", "objective", "captioner", "families", "adapters", "objectives", "captioners",
     "devices", "data", "generate", "optim", "packs", "pictures", "score",
     "record", "charts", "report", "trackers",
-    "train", "state", "validation", "diagnose", "studio", "preview", "priors", "course", "job", "api", "terminal", "verbs", "cli",
+    "train", "state", "validation", "diagnose", "studio", "preview", "priors", "estimate",
+    "course", "job", "api", "terminal", "verbs", "cli",
 ]  # fmt: skip
 """Bottom up; a module imports only from modules before its own."""
 CHOICES = ("families", "adapters", "objectives", "captioners")

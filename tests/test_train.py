@@ -22,6 +22,7 @@ from sdlora.config import Run, flat
 from sdlora.data import buckets, cache, ledger
 from sdlora.data.batches import Prepared, micro_batch, picture_of
 from sdlora.data.pixels import read_picture
+from sdlora.data.store import Store
 from sdlora.errors import NUMBERS, UserError
 from sdlora.objective import Noised
 from sdlora.objectives import epsilon
@@ -66,7 +67,7 @@ def cast(runs: Sequence[Run], folder: Path, dtype: torch.dtype) -> Cast:
     loaded = family.load(base, torch.device("cpu"), dtype)
     bank, learners = Bank(loaded.components), []
     for one in [job_of(run, base, loaded, folder) for run in runs]:
-        found = cache.latents(one.dataset.account.used, one.dataset.variants, "white", loaded, folder / "cache")
+        found = cache.latents(one.dataset.account.used, one.dataset.variants, "white", loaded, Store(folder / "cache"))
         latents = [[(mean.to(dtype), std.to(dtype)) for mean, std in some] for some in found]
         learners.append(job.new_learner(one, loaded, bank, accelerator, latents))
         for _, _, delta in bank.deltas(one.settled.name):
@@ -174,7 +175,7 @@ def test_a_run_whose_numbers_break_ends_with_its_exit_code(pictures: Path, base:
     weights = load_file(path)
     weights["encoder.conv_out.bias"] *= math.nan
     save_file(weights, path, {"format": "pt"})
-    with pytest.raises(UserError, match="E-NUM-01") as caught:
+    with pytest.raises(UserError, match=r"E-VAE-01.*pictures") as caught:
         list(api.train(small.settled(pictures, broken), tmp_path / "run"))
     assert caught.value.exit_code == NUMBERS
     assert not (tmp_path / "run" / "mira.safetensors").exists()
@@ -234,7 +235,7 @@ def test_half_of_the_samples_are_mirrored_each_with_its_mask() -> None:
 def test_mirror_images_are_encoded_as_pictures_of_their_own(squares: Path, base: Path, tmp_path: Path) -> None:
     loaded = family.load(family.find(str(base)), torch.device("cpu"), torch.float32)
     dataset = job_of(small.settled(squares, base, data__flip=True), loaded.base, loaded, tmp_path).dataset
-    plain, flipped = cache.latents(dataset.account.used, dataset.variants, "white", loaded, tmp_path / "cache")[0]
+    plain, flipped = cache.latents(dataset.account.used, dataset.variants, "white", loaded, Store(tmp_path / "cache"))[0]
     seen = buckets.fit(read_picture(dataset.account.used[0].path), dataset.sizes[0]).flip(2)
     assert torch.equal(flipped[0], loaded.encode(seen[None])[0][0])
     assert not torch.allclose(flipped[0], plain[0].flip(2), atol=1e-3), "the control: which is more than mirrored latents"

@@ -12,6 +12,7 @@ from typing import Any
 
 from sdlora.config import Folder, Run
 from sdlora.data import batches, buckets, captions, doctor, reasons, scan, variants
+from sdlora.data.store import Store
 from sdlora.data.variants import Variant
 from sdlora.errors import UserError
 from sdlora.family import Family
@@ -45,13 +46,13 @@ class Dataset:
         return [i for i, item in enumerate(self.account.used) if item.held_out]
 
 
-def read_dataset(run: Run, unpacked: Path, drawn: Path | None = None) -> Dataset:
+def read_dataset(run: Run, unpacked: Path, store: Store | None = None, drawn: Path | None = None) -> Dataset:
     """Scan the folders and settle every caption; sizes follow once the base is loaded. ZIPs are unpacked below `unpacked`; `drawn`
     holds regularisation pictures that the user did not give."""
     if not run.data.sources:
         raise UserError("E-DATA-01", "no folder of pictures is named", "data.folder", "sdlora train DIR")
     drawn_too = [Folder(folder=str(drawn), kind="regularisation")] if drawn else []
-    account = scan.scan_all([*run.data.sources, *drawn_too], run.data.skip_unreadable, unpacked, run.data.alpha_mask)
+    account = scan.scan_all([*run.data.sources, *drawn_too], run.data.skip_unreadable, unpacked, store, run.data.alpha_mask)
     account = hold_out(account, run.validation.share, run.seed)
     return Dataset(account, [captions.templates(item, run) for item in account.used], [])
 

@@ -38,19 +38,24 @@ def look(picture: Image.Image) -> Look:
     """Measure an RGB picture."""
     grey = picture.convert("L")
     thumbnail = fingerprints.thumbnail(picture)
-    digest = hashlib.sha256(picture.tobytes())
-    digest.update(f"{picture.width} {picture.height}".encode())
     share, step = _blocks(np.asarray(grey))
     return Look(
         width=picture.width,
         height=picture.height,
-        digest=digest.hexdigest(),
+        digest=digest(picture),
         thumbnail=base64.b64encode(thumbnail).decode(),
         contrast=float(fingerprints.stacked([thumbnail]).std((0, 1, 2)).max() / 255),
         steepness=_steepness(_reduced(grey)),
         block_share=share,
         block_step=step,
     )
+
+
+def digest(picture: Image.Image) -> str:
+    """A hash of a picture's pixels and their shape."""
+    hashed = hashlib.sha256(picture.tobytes())
+    hashed.update(f"{picture.width} {picture.height}".encode())
+    return hashed.hexdigest()
 
 
 def thumbnails(looks: Iterable[Look]) -> Bytes:

@@ -15,12 +15,11 @@ TOLERANCE = 0.01
 """By which the shapes of a picture and of its mask may differ, as masks are often made at another size."""
 
 
-def check(path: Path, width: int, height: int) -> None:
-    """Raise `UnreadableError` unless the mask can be read and has the shape of its picture."""
-    mask = read_picture(path, "black")
-    if abs(math.log(mask.width / mask.height) - math.log(width / height)) > TOLERANCE:
-        shapes = f"{mask.width} x {mask.height} px for a picture of {width} x {height} px"
-        raise UnreadableError(f"its mask {path.name} has another shape: {shapes}", "mask-shape")
+def check(name: str, mask: Size, picture: Size) -> None:
+    """Raise `UnreadableError` unless the mask of this name has the shape of its picture."""
+    if abs(math.log(mask[0] / mask[1]) - math.log(picture[0] / picture[1])) > TOLERANCE:
+        shapes = f"{mask[0]} x {mask[1]} px for a picture of {picture[0]} x {picture[1]} px"
+        raise UnreadableError(f"its mask {name} has another shape: {shapes}", "mask-shape")
 
 
 def read(path: Path, picture: Path) -> Image.Image:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdlora.config import Folder
-from sdlora.data import masks
+from sdlora.data import hints, masks
 from sdlora.data.layouts import Picture, understand
-from sdlora.data.looks import Look, look
-from sdlora.data.pixels import UnreadableError, decode
+from sdlora.data.looks import Look
+from sdlora.data.pixels import UnreadableError
+from sdlora.data.store import Store
 from sdlora.data.unzip import is_archive, unzip
 from sdlora.data.walk import SUFFIXES, Found, shown, walk
 from sdlora.errors import UserError
@@ -89,19 +90,22 @@ def scan(folder: Path, skip_unreadable: bool) -> Account:
     return scan_all([Folder(folder=str(folder))], skip_unreadable, folder.parent)
 
 
-def scan_all(folders: Sequence[Folder], skip_unreadable: bool, unpacked: Path, alpha_mask: bool = False) -> Account:
-    """Read the layout of each folder and decode every picture once; ZIPs are unpacked below `unpacked`. With `alpha_mask` the
-    transparency of a picture that has no mask is its mask.
+def scan_all(
+    folders: Sequence[Folder], skip_unreadable: bool, unpacked: Path, store: Store | None = None, alpha_mask: bool = False
+) -> Account:
+    """Read the layout of each folder and decode every picture that the store does not know; ZIPs are unpacked below `unpacked`. With
+    `alpha_mask` the transparency of a picture that has no mask is its mask.
 
     Raises one `UserError` that lists all that is wrong, unless it is unreadable pictures and those are to be skipped.
     """
     paths = [Path(folder.folder) for folder in folders]
     roots = [unzip(path, unpacked) if is_archive(path) else path for path in paths]
     _refuse_twins(roots)
+    kept = store or Store()
     layouts = [understand(root, _found(root, roots)) for root in roots]
     pictures = [(picture, folder) for folder, layout in zip(folders, layouts, strict=True) for picture in layout.pictures]
     with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:  # decoders and filters let other threads run
-        decoded = list(pool.map(lambda pair: _decode(pair[0], pair[1], alpha_mask), pictures))
+        decoded = list(pool.map(lambda pair: _decode(pair[0], pair[1], alpha_mask, kept), pictures))
     used = [one for one in decoded if isinstance(one, Item)]
     left_out = [LeftOut(one.path, one.notes) for layout in layouts for one in layout.lost]
     left_out += [one for one in decoded if isinstance(one, LeftOut)]
@@ -127,24 +131,26 @@ def _refuse_twins(roots: Sequence[Path]) -> None:
             raise UserError("E-DATA-06", what, root, "name it once in data.folder and data.folders, with repeats if need be")
 
 
-def _decode(picture: Picture, folder: Folder, alpha_mask: bool) -> Item | LeftOut:
+def _decode(picture: Picture, folder: Folder, alpha_mask: bool, store: Store) -> Item | LeftOut:
     try:
-        decoded = decode(picture.path)
+        seen = hints.see(picture.path, store)
         if picture.mask:
-            masks.check(picture.mask, *decoded.picture.size)
+            mask = hints.see(picture.mask, store).look
+            masks.check(picture.mask.name, (mask.width, mask.height), (seen.look.width, seen.look.height))
     except UnreadableError as error:
         return LeftOut(picture.path, (error.code,), str(error))
-    own = alpha_mask and not picture.mask and decoded.alpha is not None
+    own = alpha_mask and not picture.mask and seen.transparent
     return Item(
         picture.path,
-        *decoded.picture.size,
-        look(decoded.picture),
+        seen.look.width,
+        seen.look.height,
+        seen.look,
         picture.captions,
         picture.path if own else picture.mask,
         picture.repeats * folder.repeats,
         folder.weight,
         folder.kind == "regularisation",
-        tuple(dict.fromkeys([*picture.notes, *decoded.notes, *["alpha-as-mask"] * own])),
+        tuple(dict.fromkeys([*picture.notes, *seen.notes, *["alpha-as-mask"] * own])),
         folder.kind == "validation",
     )
 
