@@ -303,3 +303,10 @@ def test_a_doubtful_setting_is_taken_and_said(squares: Path, base: Path, tmp_pat
     assert any("adapter.rank" in text for text in said)
     usual = [event.text for event in api.train(small.settled(squares, base, train__steps=1), tmp_path / "usual") if event.kind == "warning"]
     assert not any("train.lr" in text or "adapter.rank" in text for text in usual)
+
+
+def test_a_resolution_below_the_bases_least_is_refused(pictures: Path, sd15_base: Path, tmp_path: Path) -> None:
+    for changes in ({"data__resolution_px": 63}, {"data__resolution_px": 64, "data__further_resolutions_px": [63]}):
+        with pytest.raises(UserError, match=r"E-CONF-06.*multiples of 64 px"):
+            next(api.train(small.settled(pictures, sd15_base, **changes), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

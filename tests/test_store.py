@@ -153,7 +153,7 @@ def test_a_disk_that_refuses_ends_the_keeping_and_nothing_else(tmp_path: Path) -
 @pytest.mark.parametrize("given", ["much", "-1", "nan", "inf"])
 def test_a_limit_that_is_none_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDLORA_CACHE_GB", given)
-    with pytest.raises(UserError, match="E-CONF-08"):
+    with pytest.raises(UserError, match="E-CONF-09"):
         store.usual()
     monkeypatch.setenv("SDLORA_CACHE_GB", "0")
     assert store.usual().folder is None

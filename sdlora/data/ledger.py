@@ -78,6 +78,10 @@ def fit_dataset(dataset: Dataset, run: Run, family: Family) -> Dataset:
 def _available(run: Run, family: Family) -> list[list[buckets.Size]]:
     """The sizes of each resolution."""
     assert run.data.resolution_px is not None
+    least = min(run.data.resolution_px, *run.data.further_resolutions_px, run.data.resolution_px)
+    if least < family.step_px:
+        what = f"{least} px is less than the smallest picture of this base, whose sides are multiples of {family.step_px} px"
+        raise UserError("E-CONF-06", what, "data.resolution_px", f"the base was made for {family.base.size_px} px")
     return [buckets.sizes(side, family.step_px) for side in (run.data.resolution_px, *run.data.further_resolutions_px)]
 
 

@@ -132,7 +132,7 @@ def _limit_bytes(environment: Mapping[str, str]) -> float:
         limit = math.nan
     if not 0 <= limit < math.inf:
         raise UserError(
-            "E-CONF-08", f'"{given}" is no number of gigabytes', LIMIT, f"give one, 0 to keep nothing, or unset it for {USUAL_GB:g}"
+            "E-CONF-09", f'"{given}" is no number of gigabytes', LIMIT, f"give one, 0 to keep nothing, or unset it for {USUAL_GB:g}"
         )
     return limit * 1e9
 
