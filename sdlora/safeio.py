@@ -75,7 +75,7 @@ def write(path: Path, content: bytes | str) -> None:
     """Put `content` at `path`, atomically and durably; makes the parent folders. Raises `UserError` when the disk refuses."""
     disk, temporary = DISK.get(), _beside(path)
     try:
-        _make_folders(path.parent)
+        make_folders(path.parent)
         _discard(temporary)
         _write_through(temporary, content.encode() if isinstance(content, str) else content)
         disk.replace(temporary, path)
@@ -94,11 +94,11 @@ def write_tree(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
     """Put a new folder at `path` holding `files` by name, which may lie in subfolders; of an iterator one file at a time is held."""
     disk, temporary = DISK.get(), _beside(path)
     try:
-        _make_folders(path.parent)
+        make_folders(path.parent)
         _discard(temporary)
         disk.mkdir(temporary)
         for name, content in files:
-            _make_folders((temporary / name).parent)
+            make_folders((temporary / name).parent)
             _write_through(temporary / name, content)
         for folder in [*(inner for inner in temporary.rglob("*") if inner.is_dir()), temporary]:
             disk.sync_folder(folder)
@@ -144,14 +144,29 @@ def _is_torn(path: Path) -> bool:
 
 def remove(path: Path) -> None:
     """Take away a file or a folder: it loses its name first, so that no crash leaves a part of it in its place."""
-    disk, temporary = DISK.get(), _beside(path)
+    temporary = _beside(path)
+    _discard(temporary)
+    rename(path, temporary)
+    _discard(temporary)
+
+
+def rename(path: Path, new: Path) -> None:
+    """Give a file or a folder another name in the same folder, durably."""
     try:
-        _discard(temporary)
-        disk.replace(path, temporary)
-        disk.sync_folder(path.parent)
+        DISK.get().replace(path, new)
+        DISK.get().sync_folder(path.parent)
     except OSError as error:
         raise refused(error, path) from error
-    _discard(temporary)
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder and those above it, each durably: what is flushed in a folder is lost with the folder's own name."""
+    if path.is_dir():
+        return
+    make_folders(path.parent)
+    with contextlib.suppress(FileExistsError):  # another process was faster, or a file is in the way, which the next step says
+        DISK.get().mkdir(path)
+    DISK.get().sync_folder(path.parent)
 
 
 def sweep(folder: Path) -> None:
@@ -188,13 +203,3 @@ def _write_through(path: Path, content: bytes) -> None:
     with disk.create(path) as file:
         disk.write(file, content)
         disk.sync(file)
-
-
-def _make_folders(path: Path) -> None:
-    """Make a folder and those above it, each durably: what is flushed in a folder is lost with the folder's own name."""
-    if path.is_dir():
-        return
-    _make_folders(path.parent)
-    with contextlib.suppress(FileExistsError):  # another process was faster, or a file is in the way, which the next step says
-        DISK.get().mkdir(path)
-    DISK.get().sync_folder(path.parent)

@@ -132,7 +132,7 @@ def set_aside(path: Path) -> Path:
     aside = path.with_name(f"bad-{path.name}")
     if aside.exists():
         safeio.remove(aside)
-    path.rename(aside)
+    safeio.rename(path, aside)
     return aside
 
 

@@ -22,6 +22,7 @@ from sdlora.optim import MaskedAdamW
 from sdlora.packs import file
 from sdlora.randomness import stream
 from sdlora.safeio import Disk
+from sdlora.state import Progress, Restored
 from sdlora.train import Learner
 
 STEPS, KEEP = 6, 2
@@ -227,7 +228,7 @@ class Power(Crashing):
 # ---------------------------------------------------------------- the job
 
 
-def save_in_place(run: Path, step: int, learners: Sequence[Learner], _: int) -> None:
+def save_in_place(run: Path, progress: Progress, learners: Sequence[Learner], _: int) -> None:
     """Checkpoints as they are usually written: over the last one, file after file, each the state of its own step."""
     disk: Any = safeio.DISK.get()
     weights, slots = {}, {}
@@ -238,23 +239,23 @@ def save_in_place(run: Path, step: int, learners: Sequence[Learner], _: int) -> 
     folder = run / "checkpoints"
     if not folder.is_dir():
         disk.mkdir(folder)
-    contents = {"weights": safetensors.torch.save(weights), "slots": safetensors.torch.save(slots), "step": str(step).encode()}
+    contents = {"weights": safetensors.torch.save(weights), "slots": safetensors.torch.save(slots), "step": str(progress.step).encode()}
     for name, content in contents.items():
         with disk.create(folder / name) as opened:  # of a disk that lets it: `InPlace`
             disk.write(opened, content)
 
 
-def restore_in_place(run: Path, learners: Sequence[Learner]) -> tuple[int, list[Path]]:
+def restore_in_place(run: Path, learners: Sequence[Learner], _: int) -> Restored:
     folder = run / "checkpoints"
     if not (folder / "step").exists():
-        return 0, []
+        return Restored(Progress())
     weights, slots = (safetensors.torch.load((folder / name).read_bytes()) for name in ("weights", "slots"))
     for learner in learners:
         for name, parameter in learner.params.items():
             parameter.data.copy_(weights[name])
             own = {key.rpartition("/")[2]: value for key, value in slots.items() if key.startswith(f"{name}/")}
             learner.optimizer.state[parameter] = own
-    return int((folder / "step").read_text()), []
+    return Restored(Progress(int((folder / "step").read_text())))
 
 
 @dataclass
@@ -262,7 +263,7 @@ class Outcome:
     """What a job told before it ended, however it ended."""
 
     first: int | None = None
-    damaged: list[Path] = field(default_factory=list)
+    damaged: Sequence[Path] = ()
     saved: int = 0
     digest: str = ""
 
@@ -282,20 +283,18 @@ def advance(learner: Learner, step: int) -> None:
     learner.optimizer.step()
 
 
-def job(
-    out: Path, outcome: Outcome, save: Callable[..., Any] = state.save, restore: Callable[..., tuple[int, list[Path]]] = state.restore
-) -> None:
+def job(out: Path, outcome: Outcome, save: Callable[..., Any] = state.save, restore: Callable[..., Restored] = state.restore) -> None:
     """As `sdlora.job` deals with a run folder: settings, sweep, restore, log and checkpoint each step, the pack."""
     safeio.write(out / "config.toml", "seed = 0\n")
     safeio.sweep(out)
     safeio.sweep(out / "checkpoints")
     learner = new_learner()
-    first, damaged = restore(out, [learner])
-    outcome.first, outcome.damaged = first, damaged
-    for step in range(first, STEPS):
+    found = restore(out, [learner], STEPS)
+    outcome.first, outcome.damaged = found.progress.step, found.damaged
+    for step in range(found.progress.step, STEPS):
         advance(learner, step)
         safeio.append_line(out / "events.jsonl", json.dumps({"step": step + 1}))
-        save(out, step + 1, [learner], KEEP)
+        save(out, Progress(step + 1), [learner], KEEP)
         outcome.saved = step + 1
     path = out / "mira.safetensors"
     file.save(path, {name: parameter.detach() for name, parameter in learner.params.items()}, lambda sha256: {"sha256": sha256})

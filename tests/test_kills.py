@@ -86,7 +86,7 @@ def test_crashed_at_any_operation_it_ends_the_same(every: int, squares: Path, ba
             return False
 
     assert trained(tmp_path / "whole", Watched())
-    whole, at, points = pack(tmp_path / "whole"), 3, 0
+    whole, at, points = pack(tmp_path / "whole"), 4, 0
     while not trained(tmp_path / "run", Crashing(at)):
         assert trained(tmp_path / "run", Watched()), at
         assert differences(pack(tmp_path / "run"), whole) == [], at
