@@ -4,6 +4,7 @@ A line of JSON comes in for each run, its arguments and the seconds after which 
 of it. Reading torch once and not each time is what makes a thousand kills affordable.
 """
 
+import gc
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 from typing import Any
 
 import torch
+from PIL import Image
 
 from sdlora import api, cli, family
 
@@ -51,6 +53,9 @@ def run(arguments: list[str], log: str, seconds: float | None) -> dict[str, Any]
 
 def main() -> None:
     family.load(family.find(sys.argv[1]), torch.device("cpu"), torch.float32)  # which imports the rest
+    Image.init()
+    gc.collect()
+    gc.freeze()  # children need not walk through all that was imported
     print(json.dumps({"version": torch.__version__, "verbs": len(api.__all__)}), flush=True)
     for line in sys.stdin:
         wanted = json.loads(line)
