@@ -19,7 +19,8 @@ from sdlora import api, safeio
 
 SETTINGS = {
     "train.steps": 6, "train.batch_size": 1, "train.save_every": 1, "train.warmup_steps": 1, "train.log_every": 1,
-    "train.precision": '"fp32"', "adapter.rank": 2, "data.resolution_px": 32, "data.prior_share": 0.0, "preview.scales": "[]", "preview.every": 0,
+    "train.precision": '"fp32"', "adapter.rank": 2, "data.resolution_px": 32, "data.prior_share": 0.0, "preview.scales": "[]",
+    "preview.every": 0,
 }  # fmt: skip
 
 Go = Callable[[Path, float | None], dict[str, Any]]
@@ -67,8 +68,9 @@ def test_killed_at_any_time_it_ends_the_same(kills: int, go: Go, tmp_path: Path)
         different = differences(pack(out), pack(whole))
         ended_otherwise += bool(different) or bool(list(out.rglob(f"{safeio.TEMPORARY}*")))
         jobs += 1
+        if jobs % 10 == 0 or done == kills:
+            print(f"kills: {done} in {jobs} runs, {ended_otherwise} ended otherwise", flush=True)
         shutil.rmtree(out)
-    print(f"kills: {done} of {jobs} runs, {ended_otherwise} ended otherwise")
     assert ended_otherwise == 0
 
 
