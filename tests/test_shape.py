@@ -134,7 +134,8 @@ def disks_are_changed_in_one_place(module: str, source: str) -> list[str]:
     if module in WRITERS or not module.startswith("sdlora."):
         return []
     called = [ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    return [f"{module} calls {name}" for name in called if name.rpartition(".")[2] in CHANGES and "." in name or name == "os.replace"]
+    others = [name for name in called if not name.startswith("safeio.")]
+    return [f"{module} calls {name}" for name in others if name == "os.replace" or name.rpartition(".")[2] in CHANGES]
 
 
 MANY = ", ".join(f"a{i}" for i in range(8))
@@ -180,7 +181,7 @@ SOUND: list[tuple[Rule, str, str]] = [
     (choices_do_not_meet, "sdlora.adapters.dora", "from sdlora.adapter import Delta"),
     (the_web_page_sees_only_the_api, "webui.app", "from sdlora import api\nfrom sdlora.api import Run\nfrom webui import parts"),
     (families_are_named_only_at_home, "sdlora.job", '"""About sd1."""\nx: int\n"""sdxl too."""\ny = "sd15x"'),
-    (disks_are_changed_in_one_place, "sdlora.state", "safeio.remove(folder)\nname.replace('a', 'b')"),
+    (disks_are_changed_in_one_place, "sdlora.state", "safeio.rename(a, b)\nname.replace('a', 'b')"),
     (imports_stand_at_the_top, "sdlora.family", "def _download(name: str) -> None:\n    from huggingface_hub import x"),
 ]
 RULES = list(dict.fromkeys(rule for rule, _, _ in BROKEN))
