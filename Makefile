@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fast slow lint docs figures clean
+.PHONY: demo test fast slow faults lint docs figures clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -15,10 +15,13 @@ demo: .venv/ready    ## train the bundled character on the embedded base and loo
 test: fast slow      ## all tests
 
 fast: .venv/ready
-	$(BIN)/python -m pytest -q -m 'not slow' --durations=5
+	$(BIN)/python -m pytest -q -m 'not slow and not large' --durations=5
 
 slow: .venv/ready
-	$(BIN)/python -m pytest -q -m slow --durations=5
+	$(BIN)/python -m pytest -q -m 'slow and not large' --durations=5
+
+faults: .venv/ready  ## thousands of crashes, kills, power cuts and flipped bits, and what came of them (docs/measured.md)
+	$(BIN)/python -m pytest -q -s -m large --durations=0
 
 lint: .venv/ready    ## ruff, and mypy in strict mode over sdlora and webui
 	$(BIN)/ruff check .

@@ -1,6 +1,5 @@
 """What a run tells whoever iterates over it; each event is also a line of `events.jsonl`."""
 
-import contextlib
 import dataclasses
 import json
 import time
@@ -33,11 +32,6 @@ class Log:
 
     path: Path
     waiting: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        with contextlib.suppress(OSError):  # there is no log yet
-            if self.path.read_bytes()[-1:] not in (b"", b"\n"):
-                self.waiting.append("")  # a crash tore the last line: it ends here, and takes nothing with it
 
     def add(self, event: Event) -> dict[str, Any]:
         """Write an event; returns what the log holds of it."""

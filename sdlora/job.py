@@ -111,7 +111,8 @@ def check_folder(settled: Run, out: Path) -> list[str]:
         raise UserError("E-RUN-01", "this is a file; a run needs a folder of its own", out, "name a folder with --out")
     if not path.is_file():
         own = ("cache", lock.NAME)  # a ZIP is unpacked there before the run begins
-        if out.is_dir() and any(other.name not in own for other in out.iterdir()):
+        others = (other.name for other in out.glob("*") if not other.name.startswith(safeio.TEMPORARY))  # left by a killed run
+        if any(name not in own for name in others):
             raise UserError("E-RUN-03", "this folder holds other files, and no run", out, "name a new or empty folder with --out")
         return []
     before = dict(flat(parse(settings.read(path), path)))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sdlora import safeio
 from sdlora.errors import UserError
 
 NAME = "lock"
@@ -59,7 +60,7 @@ def _take(path: Path) -> int | None:
     """An open handle on the locked file; None where the disk has no locks."""
     for attempt in range(ATTEMPTS):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            safeio.make_folders(path.parent)
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except (FileNotFoundError, FileExistsError):  # another holder is just taking away the folder that it had made for its lock
             if attempt == ATTEMPTS - 1:

@@ -38,7 +38,7 @@ def draw(run: Run, loaded: Family, folder: Path) -> None:
     wanted = dict(named(run, studio))
     for path in folder.glob("*"):
         if path.stem not in wanted:
-            path.unlink()
+            safeio.remove(path)
     names = list(wanted)
     for start in range(0, len(names), BATCH):
         some = names[start : start + BATCH]

@@ -10,14 +10,66 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from sdlora.errors import RESOURCES, UserError
 
 TEMPORARY = ".sdlora-tmp-"
+
+
+class Disk:
+    """What changes a disk, one method each, so that a test can stand between and let any of them fail."""
+
+    def mkdir(self, path: Path) -> None:
+        path.mkdir()
+
+    def create(self, path: Path) -> BinaryIO:
+        return path.open("xb")
+
+    def write(self, file: BinaryIO, content: bytes) -> None:
+        file.write(content)
+        file.flush()
+
+    def sync(self, file: BinaryIO) -> None:
+        os.fsync(file.fileno())
+
+    def append(self, path: Path, content: bytes) -> None:
+        with path.open("ab") as file:
+            file.write(content)
+
+    def replace(self, old: Path, new: Path) -> None:
+        os.replace(old, new)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink()
+
+    def rmdir(self, path: Path) -> None:
+        path.rmdir()
+
+    def sync_folder(self, path: Path) -> None:
+        if os.name == "nt":  # Windows has no handle on a folder to flush; its rename is durable with the journal
+            return
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+DISK: ContextVar[Disk] = ContextVar("disk", default=Disk())  # noqa: B039  it holds nothing that could change
+
+
+@contextlib.contextmanager
+def using(disk: Disk) -> Iterator[None]:
+    """Let another disk stand in, in this context alone."""
+    token = DISK.set(disk)
+    try:
+        yield
+    finally:
+        DISK.reset(token)
 
 
 def write(path: Path, content: bytes | str, durable: bool = True) -> None:
@@ -25,13 +77,13 @@ def write(path: Path, content: bytes | str, durable: bool = True) -> None:
 
     Only what carries a checksum and can be made again, as a cache's entries, does without durability, which takes milliseconds a file.
     """
-    temporary = _temporary(path)
+    disk, temporary = DISK.get(), _beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(path.parent)
         _write_through(temporary, content.encode() if isinstance(content, str) else content, durable)
-        os.replace(temporary, path)
+        disk.replace(temporary, path)
         if durable:
-            _flush_folder(path.parent)
+            disk.sync_folder(path.parent)
     except OSError as error:
         _discard(temporary)
         raise refused(error, path) from error
@@ -39,23 +91,22 @@ def write(path: Path, content: bytes | str, durable: bool = True) -> None:
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Put a new folder at `path` holding `files` and a `manifest.json` of their sizes and SHA-256 sums."""
-    manifest = {name: _entry(content) for name, content in files.items()}
-    write_tree(path, [*files.items(), ("manifest.json", json.dumps(manifest, indent=1).encode())])
+    write_tree(path, [*files.items(), ("manifest.json", _manifest(files))])
 
 
 def write_tree(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
     """Put a new folder at `path` holding `files` by name, which may lie in subfolders; of an iterator one file at a time is held."""
-    temporary = _temporary(path)
+    disk, temporary = DISK.get(), _beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+        make_folders(path.parent)
+        disk.mkdir(temporary)
         for name, content in files:
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            make_folders((temporary / name).parent)
             _write_through(temporary / name, content)
         for folder in [*(inner for inner in temporary.rglob("*") if inner.is_dir()), temporary]:
-            _flush_folder(folder)
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
+            disk.sync_folder(folder)
+        disk.replace(temporary, path)
+        disk.sync_folder(path.parent)
     except OSError as error:
         raise refused(error, path) from error
     finally:  # whatever the iterator raised
@@ -63,27 +114,62 @@ def write_tree(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
 
 
 def read_folder(path: Path) -> dict[str, bytes] | None:
-    """The files of a folder that `write_folder` wrote, or None when any of them is missing or not as it was written."""
+    """The files of a folder that `write_folder` wrote, or None when any bit of them, or of the manifest, is not as it was written."""
     try:
-        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_bytes())
-        files = {name: (path / name).read_bytes() for name in manifest}
-        sound = all(_entry(content) == manifest[name] for name, content in files.items())
+        manifest = (path / "manifest.json").read_bytes()
+        files = {name: (path / name).read_bytes() for name in json.loads(manifest)}
     except (OSError, ValueError, TypeError):  # a damaged manifest may be anything
         return None
-    return files if sound else None
+    return files if manifest == _manifest(files) else None
 
 
-def _entry(content: bytes) -> dict[str, Any]:
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+def _manifest(files: Mapping[str, bytes]) -> bytes:
+    entries = {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()}
+    return json.dumps(entries, indent=1).encode()
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add one line to a log; a torn last line is the worst that a crash can do to it."""
+    """Add one line to a log; a torn line is the worst that a crash can do to it, and the next begins a line of its own."""
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        DISK.get().append(path, (("\n" if _is_torn(path) else "") + line + "\n").encode())
     except OSError as error:
         raise refused(error, path) from error
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a file's last line has no end."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
+def remove(path: Path) -> None:
+    """Take away a file or a folder: it loses its name first, so that no crash leaves a part of it in its place."""
+    temporary = _beside(path)
+    _discard(temporary)
+    rename(path, temporary)
+    _discard(temporary)
+
+
+def rename(path: Path, new: Path) -> None:
+    """Give a file or a folder another name in the same folder, durably."""
+    try:
+        DISK.get().replace(path, new)
+        DISK.get().sync_folder(path.parent)
+    except OSError as error:
+        raise refused(error, path) from error
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder and those above it, each durably: what is flushed in a folder is lost with the folder's own name."""
+    if path.is_dir():
+        return
+    make_folders(path.parent)
+    with contextlib.suppress(FileExistsError):  # another process was faster, or a file is in the way, which the next step says
+        DISK.get().mkdir(path)
+    DISK.get().sync_folder(path.parent)
 
 
 def sweep(folder: Path) -> None:
@@ -99,34 +185,26 @@ def refused(error: OSError, path: Path) -> UserError:
     return UserError("E-DISK-02", f"cannot write here: {reason}; nothing was half-written", path, "choose another place with --out")
 
 
-def _temporary(path: Path) -> Path:
+def _beside(path: Path) -> Path:
     """A name that no other writer has: process ids alone are shared by containers that share a disk."""
     return path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
 
 
 def _discard(path: Path) -> None:
     """Remove a temporary name, whatever it is; a failure here must not hide the error that led to it."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-        return
+    disk = DISK.get()
     with contextlib.suppress(OSError):
-        path.unlink()
+        if path.is_symlink() or path.is_file():
+            disk.unlink(path)
+        elif path.is_dir():
+            for inner in path.iterdir():
+                _discard(inner)
+            disk.rmdir(path)
 
 
 def _write_through(path: Path, content: bytes, durable: bool = True) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
+    disk = DISK.get()
+    with disk.create(path) as file:
+        disk.write(file, content)
         if durable:
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    if os.name == "nt":  # Windows has no handle on a folder to flush; its rename is durable with the journal
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            disk.sync(file)

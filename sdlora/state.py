@@ -1,7 +1,6 @@
 """Checkpoints: everything that a step depends on beside the settings, as a folder of safetensors and JSON with checksums."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -68,7 +67,7 @@ def save(run: Path, progress: Progress, learners: Sequence[Learner], keep: int) 
     files = _files(progress, learners)
     path = folder(run, progress.step)
     if path.exists():  # written by an interrupted run that went on from an earlier one
-        shutil.rmtree(path)
+        safeio.remove(path)
     safeio.write_folder(path, files)
     if safeio.read_folder(path) is None:
         raise UserError(
@@ -78,7 +77,7 @@ def save(run: Path, progress: Progress, learners: Sequence[Learner], keep: int) 
     older = [step for step in steps(run) if step <= progress.step]
     for old in older[:-keep]:
         if not best or old != best[0]:
-            shutil.rmtree(folder(run, old))
+            safeio.remove(folder(run, old))
     return path
 
 
@@ -132,8 +131,8 @@ def set_aside(path: Path) -> Path:
     """Keep a damaged checkpoint out of the way, but keep it: somebody may want to look at it."""
     aside = path.with_name(f"bad-{path.name}")
     if aside.exists():
-        shutil.rmtree(aside)
-    path.rename(aside)
+        safeio.remove(aside)
+    safeio.rename(path, aside)
     return aside
 
 

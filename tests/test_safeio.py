@@ -6,39 +6,27 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+from faults import Failing
 
 from sdlora import safeio
 from sdlora.errors import BAD_INPUT, RESOURCES, UserError
+from sdlora.safeio import Disk
 
-STEPS = ("open", "fsync", "replace")
 OLD, NEW = b"old" * 50, b"new" * 4000
 FILES = {"a.bin": bytes(range(16)), "b.json": b'{"step": 4}'}
 
 
 @contextmanager
-def failing(monkeypatch: pytest.MonkeyPatch, at: int, number: int) -> Iterator[list[str]]:
-    """Let the `at`-th call of any of the steps fail; gives the calls made."""
-    calls: list[str] = []
-
-    def breaking(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            calls.append(name)
-            if len(calls) == at:
-                raise OSError(number, os.strerror(number))
-            return real(*arguments, **named)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        for name in STEPS:
-            patch.setattr(os, name, breaking(name, getattr(os, name)))
-        yield calls
+def failing(at: int, number: int) -> Iterator[list[str]]:
+    """Let the `at`-th operation fail (0: none); gives the operations begun."""
+    disk = Failing(at, number, real=Disk())
+    with safeio.using(disk):  # type: ignore[arg-type]
+        yield disk.calls
 
 
-def faults(monkeypatch: pytest.MonkeyPatch, folder: Path, writer: Callable[[Path, bytes], None], number: int) -> list[str]:
+def faults(folder: Path, writer: Callable[[Path, bytes], None], number: int) -> list[str]:
     """What goes wrong when each step in turn fails while `writer` replaces a file."""
     found, at = [], 0
     exit_code = RESOURCES if number == errno.ENOSPC else BAD_INPUT
@@ -47,7 +35,7 @@ def faults(monkeypatch: pytest.MonkeyPatch, folder: Path, writer: Callable[[Path
         path = folder / f"{writer.__name__}-{number}-{at}" / "file"
         path.parent.mkdir(parents=True)
         path.write_bytes(OLD)
-        with failing(monkeypatch, at, number) as calls:
+        with failing(at, number) as calls:
             try:
                 writer(path, NEW)
                 failed = False
@@ -65,55 +53,64 @@ def faults(monkeypatch: pytest.MonkeyPatch, folder: Path, writer: Callable[[Path
         found += [f"step {at}: left {other.name}" for other in path.parent.iterdir() if other != path]
 
 
-def undurable(calls: list[str], files: int) -> list[str]:
+def undurable(calls: list[str], files: int, folders: int = 0) -> list[str]:
     """What a power loss could take: contents are flushed before the name changes, and the folder that holds it after."""
-    before, _, after = " ".join(calls).partition("replace")
-    found = [] if before.split().count("fsync") >= files else ["contents are not flushed before the rename"]
-    return found if "fsync" in after else [*found, "the rename is not flushed"]
+    before, after = calls[: calls.index("replace")], calls[calls.index("replace") :]
+    found = [] if before.count("sync") >= files else ["contents are not flushed before the rename"]
+    found += [] if before.count("sync_folder") >= folders else ["the names within are not flushed before the rename"]
+    return found if "sync_folder" in after else [*found, "the rename is not flushed"]
 
 
-def test_what_is_written_outlives_a_power_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with failing(monkeypatch, 0, 0) as calls:
+def test_what_is_written_outlives_a_power_loss(tmp_path: Path) -> None:
+    with failing(0, 0) as calls:
         safeio.write(tmp_path / "file", NEW)
     assert undurable(calls, 1) == []
-    with failing(monkeypatch, 0, 0) as calls:
+    with failing(0, 0) as calls:
         safeio.write_folder(tmp_path / "folder", FILES)
-    assert undurable(calls, len(FILES) + 2) == [], "the files, their manifest and the folder that lists them"
-    with failing(monkeypatch, 0, 0) as calls:
-        naive(tmp_path / "file", OLD)
-    assert undurable(calls, 1), "the control"
+    assert undurable(calls, len(FILES) + 1, 1) == [], "the files, their manifest and the folder that lists them"
+    with failing(0, 0) as calls:
+        safeio.write(tmp_path / "above" / "below" / "file", NEW)
+    assert undurable(calls, 1, 2) == [], "and the folders that were made for it"
+    assert undurable(["create", "write", "replace"], 1), "the control"
+
+
+def test_a_line_after_a_torn_one_stands_alone(tmp_path: Path) -> None:
+    for line in ("one", "two"):
+        safeio.append_line(tmp_path / "log", line)
+    with (tmp_path / "log").open("ab") as log:
+        log.write(b"thr")
+    safeio.append_line(tmp_path / "log", "four")
+    assert (tmp_path / "log").read_text().split("\n") == ["one", "two", "thr", "four", ""]
 
 
 def naive(path: Path, content: bytes) -> None:
     """How not to write a file."""
+    disk = safeio.DISK.get()
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_TRUNC)
-        try:
-            os.write(handle, content[: len(content) // 2])
-            os.fsync(handle)
-            os.write(handle, content[len(content) // 2 :])
-        finally:
-            os.close(handle)
+        with path.open("wb") as file:
+            disk.write(file, content[: len(content) // 2])
+            disk.write(file, content[len(content) // 2 :])
+            disk.sync(file)
     except OSError as error:
         raise safeio.refused(error, path) from error
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_a_file_is_whole_whichever_step_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int) -> None:
-    assert faults(monkeypatch, tmp_path, safeio.write, number) == []
+def test_a_file_is_whole_whichever_step_fails(tmp_path: Path, number: int) -> None:
+    assert faults(tmp_path, safeio.write, number) == []
 
 
-def test_the_harness_convicts_a_naive_writer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert faults(monkeypatch, tmp_path, naive, errno.ENOSPC)
+def test_the_harness_convicts_a_naive_writer(tmp_path: Path) -> None:
+    assert faults(tmp_path, naive, errno.ENOSPC)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_a_folder_is_whole_whichever_step_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int) -> None:
-    at, calls = 0, ["none yet"]
-    while at < len(calls):
+def test_a_folder_is_whole_whichever_step_fails(tmp_path: Path, number: int) -> None:
+    at = 0
+    while True:
         at += 1
         path = tmp_path / str(at) / "folder"
-        with failing(monkeypatch, at, number) as calls:
+        with failing(at, number) as calls:
             error = refusal(path)
         if error is None:
             break
@@ -121,7 +118,7 @@ def test_a_folder_is_whole_whichever_step_fails(monkeypatch: pytest.MonkeyPatch,
         if path.exists():  # only the flush after the rename failed
             assert "replace" in calls[: at - 1]
             assert safeio.read_folder(path) == FILES
-        assert [other for other in path.parent.iterdir() if other != path] == []
+        assert [other for other in tmp_path.glob(f"{at}/*") if other != path] == []
     assert at > 6, "a folder of three files takes more steps than these"
     assert safeio.read_folder(path) == FILES
 

@@ -29,6 +29,9 @@ LATE_IMPORTS = {
 """Functions that import for themselves, because few runs need, or not every system has, what they import."""
 ENTRANCES = ("sdlora.cli", "sdlora.verbs", "webui.app")
 """Modules that import late: help must not wait for torch, and gradio reads the environment when it is imported."""
+WRITERS = ("sdlora.safeio", "sdlora.lock", "sdlora.stop", "sdlora.data.store")
+"""Modules that change a disk: one does so with content; the others make and take away names, or what can be computed again."""
+CHANGES = {"rmtree", "copytree", "unlink", "rmdir", "rename", "mkdir", "makedirs", "touch", "write_bytes", "write_text", "truncate"}
 FAMILY_NAMES = re.compile(r"\b(sd1|sd2|sd3|sdxl|flux)\b", re.IGNORECASE)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -134,6 +137,14 @@ def imports_stand_at_the_top(module: str, source: str) -> list[str]:
     return [f"{module}.{f.name} imports for itself" for f in owners if any(True for _ in imports(f))]
 
 
+def disks_are_changed_in_one_place(module: str, source: str) -> list[str]:
+    if module in WRITERS or not module.startswith("sdlora."):
+        return []
+    called = [ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    others = [name for name in called if not name.startswith("safeio.")]
+    return [f"{module} calls {name}" for name in others if name == "os.replace" or name.rpartition(".")[2] in CHANGES]
+
+
 MANY = ", ".join(f"a{i}" for i in range(8))
 BROKEN: list[tuple[Rule, str, str]] = [
     (files_are_short, "sdlora.job", "x = 1\n" * 401),
@@ -166,6 +177,9 @@ BROKEN: list[tuple[Rule, str, str]] = [
     (families_are_named_only_at_home, "sdlora.job", 'def f() -> str:\n    """Says."""\n    return "sd1"'),
     (families_are_named_only_at_home, "sdlora.job", 'x = f"for SDXL {1}"'),
     (imports_stand_at_the_top, "sdlora.job", "def f() -> None:\n    import json"),
+    (disks_are_changed_in_one_place, "sdlora.state", "shutil.rmtree(folder)"),
+    (disks_are_changed_in_one_place, "sdlora.state", "path.parent.mkdir(parents=True)"),
+    (disks_are_changed_in_one_place, "sdlora.state", "os.replace(a, b)"),
     (imports_stand_at_the_top, "sdlora.family", "class A:\n    def f(self) -> None:\n        from json import loads"),
 ]
 SOUND: list[tuple[Rule, str, str]] = [
@@ -176,6 +190,7 @@ SOUND: list[tuple[Rule, str, str]] = [
     (the_web_page_sees_only_the_api, "webui.app", "from sdlora import api\nfrom sdlora.api import Run\nfrom webui import parts"),
     (families_are_named_only_at_home, "sdlora.job", '"""About sd1."""\nx: int\n"""sdxl too."""\ny = "sd15x"'),
     (imports_stand_at_the_top, "sdlora.hub", "def download(name: str) -> None:\n    from huggingface_hub import x"),
+    (disks_are_changed_in_one_place, "sdlora.state", "safeio.rename(a, b)\nname.replace('a', 'b')"),
 ]
 RULES = list(dict.fromkeys(rule for rule, _, _ in BROKEN))
 

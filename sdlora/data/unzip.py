@@ -3,7 +3,6 @@
 import hashlib
 import lzma
 import re
-import shutil
 import stat
 import zipfile
 import zlib
@@ -62,7 +61,8 @@ def _unpack(opened: ZipFile, archive: Path, folder: Path, limits: Limits) -> Non
         raise UserError("E-DATA-07", what, archive, "make it anew without that, or unpack it yourself")
     files = {_name(entry): entry for entry in entries if not _is_folder(entry)}
     if not _is_whole(folder, files):
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            safeio.remove(folder)
         safeio.write_tree(folder, ((name, opened.read(entry)) for name, entry in files.items()))
 
 
