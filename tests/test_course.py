@@ -3,15 +3,18 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small
 import torch
@@ -20,6 +23,7 @@ from test_resume import differences, pack, told
 
 from sdlora import api, course, diagnose, estimate, events, job, lock, safeio, state, train, validation
 from sdlora.api import Event
+from sdlora.data.batches import picture_of
 from sdlora.errors import UserError
 from sdlora.families import sd1
 from sdlora.stop import Interrupted, Stop
@@ -519,3 +523,28 @@ def test_the_machine_is_on_record(whole: Path) -> None:
     record = json.loads((whole / "environment.json").read_text())
     assert record["torch"] == torch.__version__
     assert {"python", "system", "sdlora", "diffusers", "threads", "device"} <= record.keys()
+
+
+def test_a_run_may_be_moved_and_copied(whole: Path, squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, stop = small.settled(squares, base, **STEPS), Stop()
+    go(tmp_path / "run", run, stop, lambda event: setattr(stop, "stop", stop.stop or (event.kind == "step" and event.step == 4)))
+    shutil.copytree(tmp_path / "run", tmp_path / "elsewhere" / "copy")  # whose files have another time and inode
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    settled = api.settle(api.read_settings(Path("copy/config.toml"), []))
+    events_then = go(Path("copy"), settled)
+    assert min(event.step for event in events_then if event.kind == "step") > 4, "it did not begin anew"
+    assert differences(pack(Path("copy")), pack(whole)) == []
+
+
+def test_a_resumed_run_sees_the_samples_that_it_would_have_seen() -> None:
+    """Random runs: pictures, batches, accumulation and the step of the stop; what follows depends on none of them."""
+    random = np.random.default_rng(0)
+    for _ in range(500):
+        pool = [int(n) for n in random.integers(0, 50, random.integers(1, 50))]
+        batch, accumulation, steps = (int(n) for n in random.integers(1, [9, 5, 9]))
+        samples, stop = batch * accumulation, int(random.integers(0, steps + 1))
+        whole_run = [picture_of(number, pool, 3) for number in range(steps * samples)]
+        resumed = [picture_of(number, pool, 3) for step in range(stop, steps) for number in range(step * samples, (step + 1) * samples)]
+        assert whole_run[stop * samples :] == resumed
+        full = len(whole_run) // len(pool) * len(pool)
+        assert Counter(whole_run[:full]) == Counter(pool * (full // len(pool))), "every epoch shows the whole pool"
