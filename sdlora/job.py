@@ -182,7 +182,7 @@ def new_course(job: Job, loaded: Family, bank: Bank, learner: Learner, accelerat
     tokens = loaded.tokens([*said, ""])
     held = [HeldOut(learner.data.latents[i][0][0], tokens[n], items[i].look.digest) for n, i in enumerate(job.dataset.held)]
     names = [job.dataset.account.name(item.path) for item in items]
-    return Course(setup, settled, job.out, names, held, state.Progress(at_once=at_once), stop)
+    return Course(setup, settled, job.out, names, held, state.Progress(at_once=at_once, dataset=job.dataset.digest), stop)
 
 
 def take_up(course: Course) -> Iterator[Event]:
@@ -193,6 +193,11 @@ def take_up(course: Course) -> Iterator[Event]:
         yield Event("warning", f"{path.name.removeprefix('bad-')} is damaged: it is called {path.name} now, and passed over")
     if not found.progress.step:
         return
+    if found.progress.dataset not in ("", course.progress.dataset):
+        yield Event("warning", "pictures, captions or how they are shown are others than before; what is learnt from here on is of these")
+        for learner in course.setup.learners:
+            learner.quarantine.clear()  # it names pictures by their place
+        found.progress.dataset = course.progress.dataset
     at_once = min(found.progress.at_once or given(train.batch_size), given(train.batch_size))
     course.progress, course.setup.at_once = found.progress, at_once
     course.progress.at_once = at_once

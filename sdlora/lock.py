@@ -29,7 +29,7 @@ def held(folder: Path) -> Iterator[str]:
     try:
         handle = _take(folder / NAME)
     except OSError as error:
-        raise UserError("E-DISK-02", f"cannot write here: {error.strerror or error}", folder, "choose another place with --out") from None
+        raise safeio.refused(error, folder) from None
     try:
         yield "" if handle is not None else f"{folder} is on a disk without locks: start no second run there while this one goes on"
     finally:

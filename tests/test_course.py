@@ -509,6 +509,14 @@ def test_a_run_can_be_extended_and_shortened(squares: Path, base: Path, tmp_path
     assert pack(out).metadata["ss_steps"] == "5"
 
 
+def test_other_pictures_are_said(base: Path, tmp_path: Path) -> None:
+    folder, out = small.draw_folder(tmp_path / "set", square=True), tmp_path / "run"
+    go(out, small.settled(folder, base, train__steps=2))
+    assert not [text for text in told(go(out, small.settled(folder, base, train__steps=3)), "warning") if "others than before" in text]
+    (folder / "0.txt").write_text("another ball")
+    assert [text for text in told(go(out, small.settled(folder, base, train__steps=4)), "warning") if "others than before" in text]
+
+
 def test_another_machine_is_said(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     go(out, small.settled(squares, base, train__steps=2))

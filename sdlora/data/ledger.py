@@ -41,6 +41,12 @@ class Dataset:
         return [i for i, item in enumerate(self.account.used) for _ in range(item.repeats) if not item.held_out]
 
     @property
+    def digest(self) -> str:
+        """A hash of all that training draws from: pixels, captions, repeats, ways of showing, and what is held out."""
+        items = [(item.look.digest, item.repeats, item.weight, item.held_out, item.mask and item.mask.name) for item in self.account.used]
+        return hashlib.sha256(repr((items, self.captions, self.variants)).encode()).hexdigest()
+
+    @property
     def held(self) -> list[int]:
         """The pictures that are never trained on, but measured by."""
         return [i for i, item in enumerate(self.account.used) if item.held_out]
