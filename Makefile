@@ -15,7 +15,7 @@ demo: .venv/ready    ## train the bundled character on the embedded base and loo
 test: fast slow      ## all tests
 
 fast: .venv/ready
-	$(BIN)/python -m pytest -q -m 'not slow and not large' --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not slow and not large' --durations=5
 
 slow: .venv/ready
 	$(BIN)/python -m pytest -q -m 'slow and not large' --durations=5

@@ -55,7 +55,8 @@ def test_a_torn_last_line_waits_until_it_is_whole(tmp_path: Path) -> None:
         file.write('{"time": 1790000099, "kind": "no')
     assert record.events(run) == (before, since)
     assert record.read(run).unread == 0
-    safeio.append_line(run / "events.jsonl", 'te", "text": "whole"}')
+    with (run / "events.jsonl").open("a") as file:
+        file.write('te", "text": "whole"}\n')
     assert [event["text"] for event in record.events(run, since)[0]] == ["whole"]
 
 
