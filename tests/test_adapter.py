@@ -1,8 +1,9 @@
-"""Laws of every adapter kind: how it starts, leaves, scales, merges, and how adapters share a batch; LoRA is held against PEFT."""
+"""Laws of every adapter kind: how it starts, leaves, scales, merges, and how adapters share a batch; PEFT is the oracle."""
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import peft
 import pytest
@@ -15,9 +16,10 @@ from sdlora.adapter import Bank, Delta, Route, choose_sites
 from sdlora.adapters import lora
 from sdlora.errors import UserError
 from sdlora.family import Family
+from sdlora.lowrank import Init
 
 KINDS = lookup.names("adapters")
-LAYERS = ["linear", "linear-plain", "conv1", "conv3", "conv3-wide"]
+LAYERS = ("linear", "linear-plain", "conv1", "conv3", "conv3-wide")
 
 
 def new_layer(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
@@ -161,32 +163,62 @@ def test_what_it_gives_to_a_pack_it_takes_back(kind: str) -> None:
         delta_of(other).load({**delta_of(bank).tensors(), "unheard_of": torch.zeros(1)})
 
 
-# ---------------------------------------------------------------- LoRA and PEFT
+# ---------------------------------------------------------------- PEFT
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "conv3-wide"])  # PEFT forgets the dilation
-def test_lora_is_pefts(name: str) -> None:
-    layer, x = new_layer(name)
+@dataclass(frozen=True)
+class Oracle:
+    """A kind as PEFT has it: its parameters by ours, of which `offset` is their difference."""
+
+    kind: str
+    ours: dict[str, Any]
+    theirs: peft.PeftConfig
+    names: dict[str, str]
+    offset: float = 0.0
+    layers: Sequence[str] = LAYERS
+
+
+ON = {"target_modules": ["layer"]}
+FACTORS = {"down": "lora_A.default.weight", "up": "lora_B.default.weight"}
+UNDILATED = tuple(name for name in LAYERS if name != "conv3-wide")  # PEFT's LoRA forgets the dilation
+ORACLES = {
+    "lora": Oracle("lora", {}, peft.LoraConfig(r=3, lora_alpha=7, **ON), FACTORS, layers=UNDILATED),
+    "lora, rank-stabilised": Oracle(
+        "lora", {"rank_stabilised": True}, peft.LoraConfig(r=3, lora_alpha=7, use_rslora=True, **ON), FACTORS, layers=UNDILATED
+    ),
+}
+
+
+@pytest.mark.parametrize(("oracle", "name"), [(oracle, name) for oracle in ORACLES for name in ORACLES[oracle].layers])
+def test_it_is_pefts_in_forward_and_gradients(oracle: str, name: str) -> None:
+    case = ORACLES[oracle]
+    module, layer, x = kind_and_layer(case.kind, name)
     holder = nn.ModuleDict({"layer": copy.deepcopy(layer)})
-    theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=3, lora_alpha=7, target_modules=["layer"]), holder).get_submodule("layer")
+    theirs = peft.inject_adapter_in_model(copy.deepcopy(case.theirs), holder).get_submodule("layer")
     bank = Bank({"unet": nn.ModuleDict({"layer": layer})})
-    bank.add("a", lora, lora.Config(rank=3, alpha=7.0), ["unet.layer"], small.stream_of)
+    given = {"rank": 3, "alpha": 7.0} if "rank" in module.Config.model_fields else {}
+    bank.add("a", module, module.Config(**given, **case.ours), ["unet.layer"], small.stream_of)
     small.randomise(bank, "a")
     ours = delta_of(bank)
-    down, up = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
+    pairs = [(ours.get_parameter(a), theirs.get_parameter(b)) for a, b in case.names.items()]
+    assert len(pairs) == len(list(ours.parameters()))
     with torch.no_grad():
-        down.copy_(ours.get_parameter("down"))
-        up.copy_(ours.get_parameter("up"))
+        for a, b in pairs:
+            b.copy_((a + case.offset).view_as(b))
     bank.use({"a": 1.0})
     weight = small.numbers(tuple(layer(x).shape), 9)
     results = []
-    for module, parameters in ((bank.sites["unet.layer"], list(ours.parameters())), (theirs, [down, up])):
-        given = x.clone().requires_grad_()
-        y = module(given)
-        results.append([y, *torch.autograd.grad((y * weight).sum(), [given, *parameters])])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(results[0][0], layer(x), atol=1e-3)
+    for which, site in enumerate((bank.sites["unet.layer"], theirs)):
+        given_x = x.clone().requires_grad_()
+        y = site(given_x)
+        grads = torch.autograd.grad((y * weight).sum(), [given_x, *(pair[which] for pair in pairs)])
+        results.append([y, *(grad.flatten() for grad in grads)])
+    for ours_, theirs_ in zip(*results, strict=True):
+        torch.testing.assert_close(ours_, theirs_, rtol=1e-5, atol=1e-5 * float(theirs_.abs().max().clamp(min=1)))
+    assert not torch.allclose(results[0][0], layer(x), atol=1e-3), "the control: it does something"
+
+
+# ---------------------------------------------------------------- LoRA
 
 
 def test_lora_scales_by_alpha_over_rank() -> None:
@@ -197,6 +229,31 @@ def test_lora_scales_by_alpha_over_rank() -> None:
     product = delta.get_parameter("up") @ delta.get_parameter("down")
     torch.testing.assert_close(run(bank, x) - layer(x), x @ product.T * (1.5 / 3))
     torch.testing.assert_close(delta.merged(layer), product * (1.5 / 3))
+
+
+def test_a_rank_stabilised_pack_has_its_strength_for_readers_that_divide_by_the_rank() -> None:
+    layer, _ = new_layer("linear")
+    delta = lora.Adapter(layer, lora.Config(rank=4, alpha=3.0, rank_stabilised=True), small.stream_of("x"))
+    assert delta.scale == 3.0 / 4**0.5
+    assert delta.tensors()["alpha"] / 4 == pytest.approx(delta.scale)
+    assert lora.Adapter(layer, lora.Config(rank=4, alpha=3.0), small.stream_of("x")).scale == 0.75
+
+
+@pytest.mark.parametrize(("rank", "inputs"), [(16, 400), (40, 10)])
+def test_factors_start_as_is_set(rank: int, inputs: int) -> None:
+    layer = nn.Linear(inputs, 8)
+    downs = {}
+    for init in get_args(Init):
+        delta = lora.Adapter(layer, lora.Config(rank=rank, alpha=1.0, init=init), small.stream_of("x"))
+        assert not delta.up.any()
+        downs[init] = delta.down.detach()
+    assert downs["kaiming"].abs().max() <= inputs**-0.5
+    assert downs["kaiming"].square().sum() == pytest.approx(rank / 3, rel=0.1)
+    assert downs["gaussian"].std() == pytest.approx(1 / rank, rel=0.1)
+    narrow = downs["orthogonal"] if rank < inputs else downs["orthogonal"].T
+    torch.testing.assert_close(narrow @ narrow.T, torch.eye(len(narrow)) / 3, rtol=1e-5, atol=1e-6)
+    gram = downs["kaiming"] @ downs["kaiming"].T
+    assert (gram - gram.diag().diag()).abs().max() > 1e-2, "the control: others are not orthogonal"
 
 
 # ---------------------------------------------------------------- several adapters in one batch
@@ -246,6 +303,21 @@ def test_each_sample_of_a_routed_batch_goes_through_its_own_adapter_alone(kind: 
                 if slot != missing:
                     wanted[row] += strength.expand(4)[row] * parts[slot][row]
             torch.testing.assert_close(run(bank, x), wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_share_a_layer_and_a_batch(kind: str) -> None:
+    """An adapter of this kind between two of its neighbours, on every sample or each on its own."""
+    layer, x = new_layer("linear", torch.float64)
+    other = KINDS[KINDS.index(kind) - 1]
+    kinds, ranks = [other, kind, other], (2, 3, 1)
+    parts = [alone(layer, kinds, ranks, slot, x) for slot in range(3)]
+    bank = banked(layer, kinds, ranks, torch.float64)
+    bank.route = Route(torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64))
+    torch.testing.assert_close(run(bank, x), layer(x) + 0.5 * parts[0] - parts[1] + 2 * parts[2], rtol=1e-12, atol=1e-12)
+    bank.route = Route(torch.tensor([1.0, 0.3, 1.0, -2.0], dtype=torch.float64), torch.tensor([1, 0, 2, 1]))
+    wanted = layer(x) + torch.stack([parts[1][0], 0.3 * parts[0][1], parts[2][2], -2 * parts[1][3]])
+    torch.testing.assert_close(run(bank, x), wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
