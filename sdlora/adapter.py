@@ -8,14 +8,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import ModuleType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdlora.errors import UserError
 from sdlora.lookup import nearest
 from sdlora.settings import Settings
+
+
+class Targeted(Settings):
+    """What the settings of every kind have; a kind names itself in `kind`."""
+
+    kind: str
+    targets: list[str] | None = None
+    """Layers to adapt: names of presets and patterns over layer names (`unet.*attn2.to_k`)."""
+
+    @classmethod
+    def blank(cls) -> Self:
+        """Settings for weights that are read from a pack and bring all their own."""
+        return cls()  # type: ignore[call-arg]
 
 
 class Delta(nn.Module):
@@ -28,34 +42,73 @@ class Delta(nn.Module):
     """Whether the adapted layer starts as the layer itself: bit for bit, up to rounding, or through a gate at zero."""
     merges: ClassVar[bool] = True
     """Whether `merged` gives a ΔW that does the same as the adapter."""
+    leaves: ClassVar[frozenset[str]] = frozenset()
+    """All leaf names that it may have in a pack; the leaves of a pack that says no kind tell it."""
+    exact: ClassVar[frozenset[str]] = frozenset({"alpha"})
+    """Leaves whose values a pack holds in float32."""
+    network: ClassVar[str] = "lycoris.kohya"
+    """The module by which trainers of packs know the kind."""
+
+    def difference(self, layer: nn.Module) -> Tensor:
+        """ΔW in the shape of the layer's weight, differentiable. Whoever merges gives it; the rest follows."""
+        raise NotImplementedError
 
     def change(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """What is added, at strength 1, to the layer's output `y` for its input `x`."""
-        raise NotImplementedError
+        """What is added, at strength 1, to the layer's own output `y` for its input `x`; overridden where it can be had cheaper."""
+        return applied(layer, x, self.difference(layer))
 
     def merged(self, layer: nn.Module) -> Tensor | None:
-        """ΔW in the shape of the layer's weight, float32; None if the kind has none."""
-        raise NotImplementedError
+        """ΔW as `change` has it at once, float32; None if the kind has none."""
+        return self.difference(layer).detach().float()
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of this layer in a pack, by the leaf names that readers of packs know."""
         raise NotImplementedError
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `tensors` gave; raises `ValueError` when the names or shapes don't fit."""
+        """Take over what `tensors` gave; raises `ValueError` or `KeyError` when the names or shapes don't fit."""
         raise NotImplementedError
 
+    def known(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise `ValueError` for leaves that are none of this kind's."""
+        unknown = set(tensors) - self.leaves
+        if unknown:
+            raise ValueError(f"holds {', '.join(sorted(unknown))}, which this kind of adapter does not have")
+
+    def take(self, name: str, tensor: Tensor, *shapes: Sequence[int]) -> None:
+        """Make `tensor` the parameter `name`; raises `ValueError` unless it has one of the shapes."""
+        if tuple(tensor.shape) not in [tuple(shape) for shape in shapes]:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)} where {' or '.join(str(tuple(shape)) for shape in shapes)} fits")
+        device = next(self.parameters()).device
+        self.register_parameter(name, nn.Parameter(tensor.to(device, torch.float32)))
+
     @classmethod
-    def mixed(cls, deltas: "Sequence[tuple[int, Delta]]", layer: nn.Module, x: Tensor, y: Tensor, route: "Route") -> Tensor:
-        """The layer's output under several adapters, given as (slot, delta); a kind with a faster way overrides this loop."""
+    def mixed(cls, deltas: "Sequence[tuple[int, Delta]]", layer: nn.Module, x: Tensor, y: Tensor, out: Tensor, route: "Route") -> Tensor:
+        """`out`, the layer's own output `y` with what others added, under several adapters, given as (slot, delta).
+
+        A kind with a faster way overrides this loop.
+        """
         for slot, delta in deltas:
             rows, strength = route.rows(slot, len(x))
             if rows is None:
-                y = y + wide(strength, y) * delta.change(layer, x, y)
+                out = out + wide(strength, y) * delta.change(layer, x, y)
             elif len(rows):
                 part = wide(strength, y) * delta.change(layer, x[rows], y[rows])
-                y = y.index_add(0, rows, part.to(y.dtype))
-        return y
+                out = out.index_add(0, rows, part.to(y.dtype))
+        return out
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer does no more than multiply by its weight: a linear one, or a convolution of one group."""
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+
+
+def applied(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """What the layer would give with this weight, computed in the input's dtype, and no bias."""
+    weight = weight.to(x.dtype)
+    if isinstance(layer, nn.Conv2d):
+        return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
+    return F.linear(x, weight)
 
 
 @dataclass(frozen=True)
@@ -118,9 +171,10 @@ class Site(nn.Module):
             delta = dict(self.deltas.items()).get(name)
             if isinstance(delta, Delta) and slot not in bank.route.idle:
                 by_kind.setdefault(type(delta), []).append((slot, delta))
+        out = y
         for kind, deltas in by_kind.items():
-            y = kind.mixed(deltas, self.layer, x, y, bank.route)
-        return y
+            out = kind.mixed(deltas, self.layer, x, y, out, bank.route)
+        return out
 
 
 @dataclass

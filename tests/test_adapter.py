@@ -1,23 +1,27 @@
-"""Laws of every adapter kind: how it starts, leaves, scales, merges, and how adapters share a batch; LoRA is held against PEFT."""
+"""Laws of every adapter kind: how it starts, leaves, scales, merges, and how adapters share a batch; PEFT is the oracle."""
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import peft
 import pytest
 import small
 import torch
+from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn
 
 from sdlora import lookup
 from sdlora.adapter import Bank, Delta, Route, choose_sites
-from sdlora.adapters import lora
+from sdlora.adapters import dora, lokr, lora, oft
 from sdlora.errors import UserError
 from sdlora.family import Family
+from sdlora.lowrank import Init
+from sdlora.settings import Settings
 
 KINDS = lookup.names("adapters")
-LAYERS = ["linear", "linear-plain", "conv1", "conv3", "conv3-wide"]
+LAYERS = ("linear", "linear-plain", "conv1", "conv3", "conv3-wide")
 
 
 def new_layer(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
@@ -30,8 +34,10 @@ def new_layer(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module,
             "conv1": nn.Conv2d(4, 5, 1),
             "conv3": nn.Conv2d(4, 6, 3, stride=2, padding=1),
             "conv3-wide": nn.Conv2d(4, 6, 3, padding=2, dilation=2),
+            "conv3-plain": nn.Conv2d(4, 6, 3, bias=False),
+            "linear-broad": nn.Linear(36, 25),
         }[name]
-    shape = (4, 3, 6) if name.startswith("linear") else (4, 4, 7, 7)
+    shape = (4, 3, layer.in_features) if isinstance(layer, nn.Linear) else (4, 4, 7, 7)
     return layer.requires_grad_(False).to(dtype), small.numbers(shape, 5, dtype)
 
 
@@ -68,10 +74,11 @@ def kind_and_layer(kind: str, name: str, dtype: torch.dtype = torch.float32) -> 
 # ---------------------------------------------------------------- one adapter on one layer
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_starts_as_it_declares(kind: str, name: str) -> None:
-    module, layer, x = kind_and_layer(kind, name)
+def test_it_starts_as_it_declares(kind: str, name: str, dtype: torch.dtype) -> None:
+    module, layer, x = kind_and_layer(kind, name, dtype)
     y = layer(x)
     bank = Bank({"unet": nn.ModuleDict({"layer": layer})})
     bank.add("a", module, small.some_config(module), ["unet.layer"], small.stream_of)
@@ -161,32 +168,142 @@ def test_what_it_gives_to_a_pack_it_takes_back(kind: str) -> None:
         delta_of(other).load({**delta_of(bank).tensors(), "unheard_of": torch.zeros(1)})
 
 
-# ---------------------------------------------------------------- LoRA and PEFT
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_do_not_fit_are_refused(kind: str) -> None:
+    module, layer, _ = kind_and_layer(kind, "conv3")
+    sound = delta_of(banked(layer, [kind])).tensors()
+    for leaf, tensor in sound.items():
+        delta = module.Adapter(layer, module.Config.blank(), small.stream_of("x"))
+        if tensor.ndim:
+            for wrong in (torch.cat([tensor, tensor]), tensor[:0], tensor[..., None, None], torch.ones(())):
+                with pytest.raises(ValueError, match=r"."):
+                    delta.load({**sound, leaf: wrong})
+        if leaf != "alpha":
+            with pytest.raises((ValueError, KeyError)):
+                delta.load({name: other for name, other in sound.items() if name != leaf})
+        delta = module.Adapter(layer, module.Config.blank(), small.stream_of("x"))
+        delta.load(sound)
+        assert torch.equal(delta.tensors()[leaf], tensor), "the control: the sound ones are taken"
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "conv3-wide"])  # PEFT forgets the dilation
-def test_lora_is_pefts(name: str) -> None:
-    layer, x = new_layer(name)
+OTHER: dict[str, Any] = {
+    "rank": 4, "alpha": 0.5, "rank_stabilised": True, "init": "orthogonal", "axis": "out", "constant_norm": True,
+    "factor": 2, "decompose_both": True, "side": "in", "block_size": 5,
+}  # fmt: skip
+"""Another value for each setting that a kind may have."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [(kind, name) for kind in KINDS for name in lookup.find("adapters", kind).Config.model_fields if name not in ("kind", "targets")],
+)
+def test_each_of_its_settings_changes_how_it_starts_or_learns(kind: str, setting: str) -> None:
+    module, layer, x = kind_and_layer(kind, "linear-broad")
+    usual = small.some_config(module, rank=2)
+
+    def shown(config: Settings) -> list[Any]:
+        bank = Bank({"unet": nn.ModuleDict({"layer": layer})})
+        bank.add("a", module, config, ["unet.layer"], small.stream_of)
+        parameters = list(delta_of(bank).parameters())
+        starts = [p.tolist() for p in parameters]
+        small.randomise(bank, "a")
+        bank.use({"a": 1.0})
+        y = run(bank, x)
+        found = [starts, y.tolist(), *(grad.tolist() for grad in torch.autograd.grad(y.square().sum(), parameters))]
+        bank.eject()
+        return found
+
+    assert shown(usual) == shown(usual)
+    assert shown(usual.model_copy(update={setting: OTHER[setting]})) != shown(usual)
+
+
+# ---------------------------------------------------------------- PEFT
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A kind as PEFT has it: its parameters by ours, of which `offset` is their difference."""
+
+    kind: str
+    ours: dict[str, Any]
+    theirs: peft.PeftConfig
+    names: dict[str, str]
+    offset: float = 0.0
+    layers: Sequence[str] = LAYERS
+
+
+ON = {"target_modules": ["layer"]}
+FACTORS = {"down": "lora_A.default.weight", "up": "lora_B.default.weight"}
+UNDILATED = tuple(name for name in LAYERS if name != "conv3-wide")  # PEFT's LoRA forgets the dilation
+
+
+def same(*names: str) -> dict[str, str]:
+    return {name: f"{name}.default" for name in names}
+
+
+def kronecker(*names: str) -> dict[str, str]:
+    return {f"parts.{name}": f"{name}.default" for name in names}
+
+
+ORACLES = {
+    "lora": Oracle("lora", {}, peft.LoraConfig(r=3, lora_alpha=7, **ON), FACTORS, layers=UNDILATED),
+    "lora, rank-stabilised": Oracle(
+        "lora", {"rank_stabilised": True}, peft.LoraConfig(r=3, lora_alpha=7, use_rslora=True, **ON), FACTORS, layers=UNDILATED
+    ),
+    "dora": Oracle(
+        "dora",
+        {"axis": "out", "constant_norm": True},
+        peft.LoraConfig(r=3, lora_alpha=7, use_dora=True, **ON),
+        {**FACTORS, "magnitude": "lora_magnitude_vector.default.weight"},
+        layers=UNDILATED,
+    ),
+    "loha": Oracle("loha", {}, peft.LoHaConfig(r=3, alpha=7, **ON), same("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
+    "lokr": Oracle("lokr", {"rank": 1}, peft.LoKrConfig(r=1, alpha=7, **ON), kronecker("lokr_w1", "lokr_w2_a", "lokr_w2_b")),
+    "lokr of whole factors": Oracle("lokr", {"alpha": 3.0}, peft.LoKrConfig(r=3, alpha=3, **ON), kronecker("lokr_w1", "lokr_w2")),
+    "lokr of narrow factors": Oracle(
+        "lokr",
+        {"rank": 2, "decompose_both": True},
+        peft.LoKrConfig(r=2, alpha=7, decompose_both=True, **ON),
+        kronecker("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"),
+        layers=("linear-broad",),
+    ),
+    "ia3": Oracle(
+        "ia3", {}, peft.IA3Config(feedforward_modules=[], **ON), {"vector": "ia3_l.default"}, 1.0, ("linear-plain", "conv3-plain")
+    ),
+    "ia3 of inputs": Oracle("ia3", {"side": "in"}, peft.IA3Config(feedforward_modules=["layer"], **ON), {"vector": "ia3_l.default"}, 1.0),
+}
+
+
+@pytest.mark.parametrize(("oracle", "name"), [(oracle, name) for oracle in ORACLES for name in ORACLES[oracle].layers])
+def test_it_is_pefts_in_forward_and_gradients(oracle: str, name: str) -> None:
+    case = ORACLES[oracle]
+    module, layer, x = kind_and_layer(case.kind, name)
     holder = nn.ModuleDict({"layer": copy.deepcopy(layer)})
-    theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=3, lora_alpha=7, target_modules=["layer"]), holder).get_submodule("layer")
+    theirs = peft.inject_adapter_in_model(copy.deepcopy(case.theirs), holder).get_submodule("layer")
     bank = Bank({"unet": nn.ModuleDict({"layer": layer})})
-    bank.add("a", lora, lora.Config(rank=3, alpha=7.0), ["unet.layer"], small.stream_of)
+    given = {"rank": 3, "alpha": 7.0} if "rank" in module.Config.model_fields else {}
+    bank.add("a", module, module.Config(**{**given, **case.ours}), ["unet.layer"], small.stream_of)
     small.randomise(bank, "a")
     ours = delta_of(bank)
-    down, up = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
+    pairs = [(ours.get_parameter(a), theirs.get_parameter(b)) for a, b in case.names.items()]
+    assert len(pairs) == len(list(ours.parameters()))
     with torch.no_grad():
-        down.copy_(ours.get_parameter("down"))
-        up.copy_(ours.get_parameter("up"))
+        for a, b in pairs:
+            b.copy_((a + case.offset).view_as(b))
     bank.use({"a": 1.0})
     weight = small.numbers(tuple(layer(x).shape), 9)
     results = []
-    for module, parameters in ((bank.sites["unet.layer"], list(ours.parameters())), (theirs, [down, up])):
-        given = x.clone().requires_grad_()
-        y = module(given)
-        results.append([y, *torch.autograd.grad((y * weight).sum(), [given, *parameters])])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(results[0][0], layer(x), atol=1e-3)
+    for which, site in enumerate((bank.sites["unet.layer"], theirs)):
+        given_x = x.clone().requires_grad_()
+        y = site(given_x)
+        grads = torch.autograd.grad((y * weight).sum(), [given_x, *(pair[which] for pair in pairs)])
+        results.append([y, *(grad.flatten() for grad in grads)])
+    for ours_, theirs_ in zip(*results, strict=True):
+        torch.testing.assert_close(ours_, theirs_, rtol=1e-5, atol=1e-5 * float(theirs_.detach().abs().max().clamp(min=1)))
+    assert not torch.allclose(results[0][0], layer(x), atol=1e-3), "the control: it does something"
+
+
+# ---------------------------------------------------------------- LoRA
 
 
 def test_lora_scales_by_alpha_over_rank() -> None:
@@ -197,6 +314,123 @@ def test_lora_scales_by_alpha_over_rank() -> None:
     product = delta.get_parameter("up") @ delta.get_parameter("down")
     torch.testing.assert_close(run(bank, x) - layer(x), x @ product.T * (1.5 / 3))
     torch.testing.assert_close(delta.merged(layer), product * (1.5 / 3))
+
+
+def test_a_rank_stabilised_pack_has_its_strength_for_readers_that_divide_by_the_rank() -> None:
+    layer, _ = new_layer("linear")
+    delta = lora.Adapter(layer, lora.Config(rank=4, alpha=3.0, rank_stabilised=True), small.stream_of("x"))
+    assert delta.scale == 3.0 / 4**0.5
+    assert delta.tensors()["alpha"] / 4 == pytest.approx(delta.scale)
+    assert lora.Adapter(layer, lora.Config(rank=4, alpha=3.0), small.stream_of("x")).scale == 0.75
+
+
+@pytest.mark.parametrize(("rank", "inputs"), [(16, 400), (40, 10)])
+def test_factors_start_as_is_set(rank: int, inputs: int) -> None:
+    layer = nn.Linear(inputs, 8)
+    downs = {}
+    for init in get_args(Init):
+        delta = lora.Adapter(layer, lora.Config(rank=rank, alpha=1.0, init=init), small.stream_of("x"))
+        assert not delta.up.any()
+        downs[init] = delta.down.detach()
+    assert downs["kaiming"].abs().max() <= inputs**-0.5
+    assert downs["kaiming"].square().sum() == pytest.approx(rank / 3, rel=0.1)
+    assert downs["gaussian"].std() == pytest.approx(1 / rank, rel=0.1)
+    narrow = downs["orthogonal"] if rank < inputs else downs["orthogonal"].T
+    torch.testing.assert_close(narrow @ narrow.T, torch.eye(len(narrow)) / 3, rtol=1e-5, atol=1e-6)
+    gram = downs["kaiming"] @ downs["kaiming"].T
+    assert (gram - gram.diag().diag()).abs().max() > 1e-2, "the control: others are not orthogonal"
+
+
+# ---------------------------------------------------------------- the others
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("name", ["linear", "conv3"])
+def test_dora_is_the_papers_formula(axis: str, name: str) -> None:
+    """Equation 5, as the readers of packs compute it: each slice of W + ΔV has the length that its magnitude says."""
+    layer, x = new_layer(name, torch.float64)
+    bank = Bank({"unet": nn.ModuleDict({"layer": layer})})
+    bank.add("a", dora, dora.Config(rank=3, alpha=1.5, axis=axis), ["unet.layer"], small.stream_of)
+    small.randomise(bank, "a")
+    delta = delta_of(bank).double()
+    leaves = delta.tensors()
+    v = layer.get_parameter("weight") + 1.5 / 3 * torch.einsum("or,r...->o...", delta.up.flatten(1), delta.down)
+    sums = v.square().sum((0, *range(2, v.ndim)) if axis == "in" else tuple(range(1, v.ndim)), keepdim=True)
+    assert leaves["dora_scale"].shape == sums.shape == ((1, v.shape[1]) if axis == "in" else (len(v), 1)) + (1,) * (v.ndim - 2)
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.get_parameter("weight").copy_(leaves["dora_scale"] * v / sums.sqrt())
+    bank.use({"a": 1.0})
+    torch.testing.assert_close(run(bank, x), other(x), rtol=1e-10, atol=1e-10)
+
+
+def test_doras_readers_have_its_magnitudes_in_full() -> None:
+    assert dora.Adapter.exact == {"alpha", "dora_scale"}
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+def test_dora_leaves_a_weight_of_zeros_as_it_is(axis: str) -> None:
+    layer = nn.Linear(6, 5)
+    with torch.no_grad():
+        layer.weight[2], layer.weight[:, 3] = 0.0, 0.0
+    delta = dora.Adapter(layer, dora.Config(rank=2, alpha=2.0, axis=axis), small.stream_of("x"))
+    change = delta.difference(layer)
+    assert not change.any()
+    change.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in delta.parameters())
+
+
+def test_oft_is_a_rotation_of_blocks_of_outputs() -> None:
+    """The formula as readers of packs have it: Cayley's R = (I + Q)(I - Q)^-1 for Q = B - B^T, and R^T W for each block."""
+    for name in ("linear-broad", "conv3"):
+        layer, x = new_layer(name, torch.float64)
+        bank = Bank({"unet": nn.ModuleDict({"layer": layer})})
+        bank.add("a", oft, oft.Config(block_size=4), ["unet.layer"], small.stream_of)
+        small.randomise(bank, "a")
+        delta = delta_of(bank).double()
+        blocks = delta.get_parameter("blocks")
+        count, size = blocks.shape[:2]
+        assert (count, size) == ((5, 5) if name == "linear-broad" else (2, 3))
+        eye, given = torch.eye(size, dtype=torch.float64), blocks.detach().clone().requires_grad_()
+        rotation = torch.block_diag(*[(eye + b - b.T) @ torch.linalg.inv(eye - b + b.T) for b in given])
+        torch.testing.assert_close(rotation @ rotation.T, torch.eye(count * size, dtype=torch.float64))
+        weight = layer.get_parameter("weight")
+        turned = (rotation.T @ weight.flatten(1)).view_as(weight)
+        values = [torch.linalg.svdvals(w.detach().flatten(1)) for w in (turned, weight)]
+        torch.testing.assert_close(*values)
+        wanted = torch.func.functional_call(layer, {"weight": turned}, (x,))
+        bank.use({"a": 1.0})
+        torch.testing.assert_close(run(bank, x), wanted, rtol=1e-10, atol=1e-10)
+        ours = torch.autograd.grad(run(bank, x).square().sum(), blocks)
+        torch.testing.assert_close(ours, torch.autograd.grad(wanted.square().sum(), given), rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(wanted, layer(x), atol=1e-3)
+
+
+def test_a_rotation_beyond_its_bound_is_not_guessed_at() -> None:
+    layer, _ = new_layer("linear")
+    delta = oft.Adapter(layer, oft.Config(), small.stream_of("x"))
+    blocks = small.numbers((1, 5, 5))
+    norm = (blocks - blocks.mT).norm()
+    with pytest.raises(ValueError, match="bound"):
+        delta.load({"oft_blocks": blocks, "alpha": 0.9 * norm})
+    for alpha in (1.1 * norm, torch.zeros(())):
+        delta.load({"oft_blocks": blocks, "alpha": alpha})
+    delta.load({"oft_blocks": blocks})
+    assert delta.tensors()["alpha"] >= 1e3 * norm
+
+
+def test_sides_are_split_as_pefts_are() -> None:
+    assert all(lokr.split(n, None) == factorization(n) for n in range(1, 3000))
+    assert [lokr.split(320, factor) for factor in (1, 4, 8, 16)] == [factorization(320, factor) for factor in (1, 4, 8, 16)]
+
+
+def test_a_kronecker_product_has_one_form() -> None:
+    layer, _ = new_layer("linear-broad")
+    delta = lokr.Adapter(layer, lokr.Config(rank=2, alpha=1.0), small.stream_of("x"))
+    sound = delta.tensors()
+    for extra in ("lokr_w1_a", "lokr_w1_b", "lokr_w2"):
+        with pytest.raises(ValueError, match=extra):
+            delta.load({**sound, extra: torch.ones(2, 2)})
 
 
 # ---------------------------------------------------------------- several adapters in one batch
@@ -246,6 +480,21 @@ def test_each_sample_of_a_routed_batch_goes_through_its_own_adapter_alone(kind: 
                 if slot != missing:
                     wanted[row] += strength.expand(4)[row] * parts[slot][row]
             torch.testing.assert_close(run(bank, x), wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_share_a_layer_and_a_batch(kind: str) -> None:
+    """An adapter of this kind between two of its neighbours, on every sample or each on its own."""
+    layer, x = new_layer("linear", torch.float64)
+    other = KINDS[KINDS.index(kind) - 1]
+    kinds, ranks = [other, kind, other], (2, 3, 1)
+    parts = [alone(layer, kinds, ranks, slot, x) for slot in range(3)]
+    bank = banked(layer, kinds, ranks, torch.float64)
+    bank.route = Route(torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64))
+    torch.testing.assert_close(run(bank, x), layer(x) + 0.5 * parts[0] - parts[1] + 2 * parts[2], rtol=1e-12, atol=1e-12)
+    bank.route = Route(torch.tensor([1.0, 0.3, 1.0, -2.0], dtype=torch.float64), torch.tensor([1, 0, 2, 1]))
+    wanted = layer(x) + torch.stack([parts[1][0], 0.3 * parts[0][1], parts[2][2], -2 * parts[1][3]])
+    torch.testing.assert_close(run(bank, x), wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -194,7 +194,8 @@ def test_what_a_user_says_stands() -> None:
     said = {"train": {"steps": 7, "lr": 0.5}, "adapter": {"rank": 3, "targets": ["x"]}, "data": {"caption_dropout": 0.0}}
     run = config.resolve(config.parse({"name": "mira", "trigger": "word", "preview": {"prompts": ["a [trigger]"]}, **said}), "tiny")
     assert (run.train.steps, run.train.lr, run.data.caption_dropout, run.trigger) == (7, 0.5, 0.0, "word")
-    assert run.adapter.model_dump() == {"kind": "lora", "rank": 3, "alpha": 3.0, "targets": ["x"]}
+    own = {"kind": "lora", "rank": 3, "alpha": 3.0, "targets": ["x"]}
+    assert run.adapter.model_dump() == {**own, "rank_stabilised": False, "init": "kaiming"}
     assert run.preview.prompts == ["a word"]
 
 

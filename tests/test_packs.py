@@ -21,7 +21,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdlora import api, family, generate
+from sdlora import api, family, generate, lookup
 from sdlora.adapter import Bank, choose_sites
 from sdlora.adapters import lora
 from sdlora.errors import BAD_INPUT, NUMBERS, UserError
@@ -31,6 +31,8 @@ from sdlora.generate import Recipe
 from sdlora.packs import file, keys, metadata
 from sdlora.packs.file import Pack
 from sdlora.studio import Studio
+
+KINDS = lookup.names("adapters")
 
 # ---------------------------------------------------------------- names
 
@@ -107,10 +109,10 @@ def test_names_lead_back_to_layers(narrow: Family) -> None:
 # ---------------------------------------------------------------- tensors
 
 
-def banked(loaded: Family, targets: list[str], rank: int = 2, alpha: float = 1.0) -> Bank:
-    fitting = {name: layer for name, layer in loaded.layers().items() if lora.fits(layer)}
+def banked(loaded: Family, targets: list[str], rank: int = 2, alpha: float = 1.0, kind: Any = lora) -> Bank:
+    fitting = {name: layer for name, layer in loaded.layers().items() if kind.fits(layer)}
     bank = Bank(loaded.components)
-    bank.add("mira", lora, lora.Config(rank=rank, alpha=alpha), choose_sites(fitting, targets, loaded.presets), small.stream_of)
+    bank.add("mira", kind, small.some_config(kind, rank, alpha), choose_sites(fitting, targets, loaded.presets), small.stream_of)
     small.randomise(bank, "mira")
     return bank
 
@@ -134,6 +136,30 @@ def test_pack_file_pack_is_the_same(loaded: Family, tmp_path: Path) -> None:
         assert torch.equal(again[key], tensor), key
         assert again[key].dtype == tensor.dtype == (torch.float32 if key.endswith(".alpha") else torch.float16)
     assert all(delta.alpha == pytest.approx(1.7) for _, _, delta in bank.deltas("again"))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_pack_of_any_kind_is_known_by_its_leaves(name: str, loaded: Family, tmp_path: Path) -> None:
+    kind = lookup.find("adapters", name)
+    bank = banked(loaded, ["attention", "text-encoder", "unet.*.conv1", "unet.conv_in", "unet.*.conv_shortcut"], kind=kind)
+    tensors = file.tensors_of(bank, "mira", loaded)
+    bank.eject()
+    file.save(tmp_path / "mira.safetensors", tensors, plain)
+    read = file.load(tmp_path / "mira.safetensors")
+    assert {leaf for leaves in keys.by_module(tensors).values() for leaf in leaves} <= kind.Adapter.leaves
+    assert read.kind is kind
+    file.attach(read, "again", bank, loaded)
+    again = file.tensors_of(bank, "again", loaded)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[key], tensor) and again[key].dtype == tensor.dtype for key, tensor in tensors.items())
+    other = {**tensors, f"{next(iter(tensors))}s": torch.ones(1)}
+    with pytest.raises(UserError, match="E-PACK-07"):
+        file.attach(Pack("odd", other, {}), "odd", bank, loaded)
+
+
+def test_the_header_names_the_kind_before_the_leaves_do(pack: Pack) -> None:
+    assert Pack("a", {"x.alpha": torch.ones(())}, {"sdlora.adapter": "lora"}).kind is lora
+    assert Pack("a", pack.tensors, {}).kind is lora
 
 
 def test_every_module_has_its_leaves_in_their_shapes(loaded: Family) -> None:

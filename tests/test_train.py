@@ -408,6 +408,8 @@ BY_WEIGHTS: dict[str, Any] = {
     "data.flip": True,
     "adapter.rank": 3,
     "adapter.alpha": 0.5,
+    "adapter.rank_stabilised": True,
+    "adapter.init": "gaussian",
     "adapter.targets": ["attention"],
     "objective.min_snr_gamma": 0.0,
     "train.steps": 4,

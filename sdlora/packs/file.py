@@ -1,10 +1,11 @@
-"""A pack on disk: one `.safetensors` file in kohya layout, fp16 factors and exact fp32 alphas, its metadata in the header."""
+"""A pack on disk: one `.safetensors` file in kohya layout, fp16 factors and what a kind wants exact in fp32, its metadata in the header."""
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,18 @@ class Pack:
         return scale if -4 <= scale <= 4 else 1.0
 
     @property
-    def kind(self) -> str:
-        return self.metadata.get("sdlora.adapter", "lora")
+    def kind(self) -> ModuleType:
+        """The adapter kind that the header names, or else that of the fewest leaves that has all those found."""
+        if "sdlora.adapter" in self.metadata:
+            return lookup.find("adapters", self.metadata["sdlora.adapter"])
+        found = {leaf for leaves in keys.by_module(self.tensors).values() for leaf in leaves}
+        kinds = [lookup.find("adapters", name) for name in lookup.names("adapters")]
+        able = [kind for kind in kinds if found <= kind.Adapter.leaves]
+        if not able:
+            strange = sorted(found.difference(*(kind.Adapter.leaves for kind in kinds))) or sorted(found)
+            what = f"no kind of adapter keeps its weights so: this pack holds {', '.join(strange[:3])}"
+            raise UserError("E-PACK-07", what, self.name, f"kinds that are known: {', '.join(lookup.names('adapters'))}")
+        return min(able, key=lambda kind: len(kind.Adapter.leaves))
 
 
 def tensors_of(bank: Bank, name: str, family: Family, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
@@ -59,12 +70,12 @@ def tensors_of(bank: Bank, name: str, family: Family, dtype: torch.dtype = torch
     for dotted, _, delta in bank.deltas(name):
         for leaf, tensor in delta.tensors().items():
             key = f"{keys.module_name(dotted, family.prefixes)}.{leaf}"
-            values = tensor.detach().float().cpu()
-            if not values.isfinite().all() or (dtype == torch.float16 and values.abs().max() > FP16_MAX):
+            values, own = tensor.detach().float().cpu(), torch.float32 if leaf in delta.exact else dtype
+            if not values.isfinite().all() or (own == torch.float16 and values.abs().max() > FP16_MAX):
                 raise UserError(
                     "E-NUM-02", "a weight is not finite or too large for fp16; no pack is written", key, "lower train.lr", NUMBERS
                 )
-            found[key] = values if leaf == "alpha" else values.to(dtype)
+            found[key] = values.to(own)
     return found
 
 
@@ -108,7 +119,7 @@ def load(path: Path) -> Pack:
 
 def attach(pack: Pack, name: str, bank: Bank, family: Family) -> None:
     """Put a pack's adapter on the bank under a name, at strength 0. Raises `UserError` before anything is changed if it doesn't fit."""
-    kind = lookup.find("adapters", pack.kind)
+    kind = pack.kind
     known = keys.layer_names((name for name, layer in family.layers().items() if kind.fits(layer)), family.prefixes)
     modules = keys.by_module(pack.tensors)
     foreign = [module for module in modules if module not in known]

@@ -11,11 +11,14 @@ from typing import Any
 
 from PIL import Image
 
+from sdlora import lookup
 from sdlora.config import Run
 from sdlora.family import Family
 
 CLOCK = ("modelspec.date", "ss_training_started_at", "ss_training_finished_at")
 """The only fields that two equal runs may differ in."""
+ELSEWHERE = ("kind", "rank", "alpha")
+"""Settings of an adapter that have fields of their own."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,10 @@ def describe(run: Run, family: Family, facts: Facts, sha256: str) -> dict[str, s
         "modelspec.date": datetime.fromtimestamp(facts.finished_at, UTC).isoformat(timespec="seconds"),
         "modelspec.hash_sha256": f"0x{sha256}",
         "sshs_model_hash": sha256,
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": adapter["rank"],
-        "ss_network_alpha": adapter["alpha"],
-        "ss_network_args": json.dumps({"targets": adapter["targets"]}),
+        "ss_network_module": lookup.find("adapters", adapter["kind"]).Adapter.network,
+        "ss_network_dim": adapter.get("rank"),
+        "ss_network_alpha": adapter.get("alpha"),
+        "ss_network_args": json.dumps({"algo": adapter["kind"], **{key: adapter[key] for key in adapter if key not in ELSEWHERE}}),
         "ss_output_name": run.name,
         "ss_sd_model_name": family.base.name,
         "ss_resolution": f"({side}, {side})",

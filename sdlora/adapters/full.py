@@ -1,0 +1,40 @@
+"""Full fine-tuning of the chosen layers: a ΔW for each, zero at the start. What the kinds that save numbers are to be compared with."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sdlora.adapter import Delta, Targeted, is_linear
+
+
+class Config(Targeted):
+    kind: Literal["full"] = "full"
+    """All of the chosen layers' weights, in float32: memory for four times their number, and a large pack."""
+
+
+def fits(layer: nn.Module) -> bool:
+    """Whether this kind can sit on the layer."""
+    return is_linear(layer)
+
+
+class Adapter(Delta):
+    """ΔW in the shape of the weight, float32; biases stay."""
+
+    leaves = frozenset({"diff", "alpha"})
+
+    def __init__(self, layer: nn.Module, config: Config, rng: np.random.Generator) -> None:
+        super().__init__()
+        self.diff = nn.Parameter(torch.zeros_like(layer.get_parameter("weight"), dtype=torch.float32))
+
+    def difference(self, layer: nn.Module) -> Tensor:
+        return self.diff
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"diff": self.diff}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        self.known(tensors)  # an alpha that is no scale here, some programs write it
+        self.take("diff", tensors["diff"], self.diff.shape)
