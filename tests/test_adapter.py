@@ -491,7 +491,7 @@ def test_a_rotation_beyond_its_bound_is_not_guessed_at() -> None:
 
 
 def test_sides_are_split_as_pefts_are() -> None:
-    assert all(lokr.split(n, None) == factorization(n) for n in range(1, 3000))
+    assert all(lokr.split(n, 0) == factorization(n) for n in range(1, 3000))
     assert [lokr.split(320, factor) for factor in (1, 4, 8, 16)] == [factorization(320, factor) for factor in (1, 4, 8, 16)]
 
 
