@@ -11,6 +11,7 @@ import small
 import torch
 from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
 
 from sdlora import lookup
 from sdlora.adapter import Bank, Delta, Route, choose_sites
@@ -149,7 +150,7 @@ def test_gradients_are_the_numeric_ones(kind: str, name: str) -> None:
     x = x.clone().requires_grad_()
     bank = banked(layer, [kind], dtype=torch.float64)
     bank.route = Route(torch.tensor([[0.5], [1.25]], dtype=torch.float64))
-    assert torch.autograd.gradcheck(lambda x, *_: run(bank, x), (x, *delta_of(bank).parameters()))
+    assert torch.autograd.gradcheck(lambda x, *_: run(bank, x), (x, *delta_of(bank).parameters()), fast_mode=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -184,6 +185,65 @@ def test_weights_that_do_not_fit_are_refused(kind: str) -> None:
         delta = module.Adapter(layer, module.Config.blank(), small.stream_of("x"))
         delta.load(sound)
         assert torch.equal(delta.tensors()[leaf], tensor), "the control: the sound ones are taken"
+
+
+Leaves = dict[str, Tensor]
+
+
+def read_lora(t: Leaves, w: Tensor) -> Tensor:
+    up, down = t["lora_up.weight"], t["lora_down.weight"]
+    return (up.flatten(1) @ down.flatten(1)).view_as(w) * t["alpha"] / len(down)
+
+
+def read_dora(t: Leaves, w: Tensor) -> Tensor:
+    turned = w + read_lora(t, w)
+    along_inputs = turned.transpose(0, 1).flatten(1).norm(dim=1).view(1, -1, *[1] * (w.ndim - 2))
+    return t["dora_scale"] * turned / along_inputs - w
+
+
+def read_loha(t: Leaves, w: Tensor) -> Tensor:
+    first, second = t["hada_w1_a"] @ t["hada_w1_b"], t["hada_w2_a"] @ t["hada_w2_b"]
+    return (first * second * t["alpha"] / len(t["hada_w1_b"])).view_as(w)
+
+
+def read_lokr(t: Leaves, w: Tensor) -> Tensor:
+    if "lokr_w2" in t:
+        kernel = t["lokr_w2"].shape[2:]
+        return torch.kron(t["lokr_w1"].view(*t["lokr_w1"].shape, *[1] * len(kernel)), t["lokr_w2"])
+    second = t["lokr_w2_a"] @ t["lokr_w2_b"]
+    return torch.kron(t["lokr_w1"], second).view_as(w) * t["alpha"] / len(t["lokr_w2_b"])
+
+
+def read_ia3(t: Leaves, w: Tensor) -> Tensor:
+    assert not t["on_input"]
+    return w * t["weight"].reshape(-1, *[1] * (w.ndim - 1))
+
+
+def read_oft(t: Leaves, w: Tensor) -> Tensor:
+    skew = t["oft_blocks"] - t["oft_blocks"].transpose(1, 2)
+    assert skew.norm() < t["alpha"]
+    eye = torch.eye(skew.shape[-1])
+    turn = torch.matmul(eye + skew, torch.linalg.inv(eye - skew)) - eye
+    return torch.einsum("k n m, k n ... -> k m ...", turn, w.view(*skew.shape[:2], *w.shape[1:])).reshape(w.shape)
+
+
+READERS = {
+    "lora": read_lora, "dora": read_dora, "loha": read_loha, "lokr": read_lokr, "ia3": read_ia3, "oft": read_oft,
+    "full": lambda t, _: t["diff"],
+}  # fmt: skip
+"""What ComfyUI, A1111 and LyCORIS make of a layer's leaves (docs/packs.md)."""
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_readers_of_packs_make_the_same_of_its_leaves(kind: str, name: str, rank: int) -> None:
+    _, layer, _ = kind_and_layer(kind, name)
+    delta = delta_of(banked(layer, [kind], (rank,)))
+    leaves = {leaf: tensor.detach() for leaf, tensor in delta.tensors().items()}
+    merged = delta.merged(layer)
+    assert merged is not None
+    torch.testing.assert_close(READERS[kind](leaves, layer.get_parameter("weight")), merged, rtol=1e-4, atol=1e-5)
 
 
 OTHER: dict[str, Any] = {
@@ -380,6 +440,17 @@ def test_dora_leaves_a_weight_of_zeros_as_it_is(axis: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in delta.parameters())
 
 
+def test_a_constant_norm_has_the_papers_gradient_and_not_the_numeric_one() -> None:
+    layer, x = new_layer("linear", torch.float64)
+    bank = banked(layer, ["dora"], dtype=torch.float64)
+    delta = delta_of(bank)
+    bank.use({"a": 1.0})
+    assert torch.autograd.gradcheck(lambda x, *_: run(bank, x), (x, *delta.parameters()))
+    delta.constant_norm = True
+    with pytest.raises(GradcheckError):
+        torch.autograd.gradcheck(lambda x, *_: run(bank, x), (x, *delta.parameters()))
+
+
 def test_oft_is_a_rotation_of_blocks_of_outputs() -> None:
     """The formula as readers of packs have it: Cayley's R = (I + Q)(I - Q)^-1 for Q = B - B^T, and R^T W for each block."""
     for name in ("linear-broad", "conv3"):
@@ -420,7 +491,7 @@ def test_a_rotation_beyond_its_bound_is_not_guessed_at() -> None:
 
 
 def test_sides_are_split_as_pefts_are() -> None:
-    assert all(lokr.split(n, None) == factorization(n) for n in range(1, 3000))
+    assert all(lokr.split(n, 0) == factorization(n) for n in range(1, 3000))
     assert [lokr.split(320, factor) for factor in (1, 4, 8, 16)] == [factorization(320, factor) for factor in (1, 4, 8, 16)]
 
 

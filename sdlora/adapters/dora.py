@@ -33,7 +33,6 @@ class Adapter(Factors):
 
     leaves = Factors.leaves | {"dora_scale"}
     exact = Factors.exact | {"dora_scale"}
-    network = "networks.lora"
 
     def __init__(self, layer: nn.Module, config: Config, rng: np.random.Generator) -> None:
         super().__init__(layer, config, rng)

@@ -23,8 +23,8 @@ FORMS = [{*first, *second} for first, second in product(*([[f"lokr_{w}"], [f"lok
 class Config(Ranked):
     kind: Literal["lokr"] = "lokr"
     """Kronecker product of a small matrix and a larger one, which is of low rank."""
-    factor: Annotated[int, Field(ge=1)] | None = None
-    """Greatest side of the small matrix; unset: as near to the root of the layer's side as its divisors allow."""
+    factor: Annotated[int, Field(ge=0)] = 0
+    """Greatest side of the small matrix; 0: as near to the root of the layer's side as its divisors allow."""
     decompose_both: bool = False
     """Make the small matrix a product of two as well, where that is smaller."""
 
@@ -90,7 +90,7 @@ def whole(parts: Mapping[str, Tensor], name: str) -> Tensor:
     return parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"]
 
 
-def split(side: int, factor: int | None) -> tuple[int, int]:
-    """The side as a product, the first factor at most the second and `factor`, and as large as it can be."""
+def split(side: int, factor: int) -> tuple[int, int]:
+    """The side as a product, the first factor at most the second and `factor` (0: any), and as large as it can be."""
     small = max(n for n in range(1, isqrt(side) + 1) if side % n == 0 and n <= (factor or side))
     return small, side // small
