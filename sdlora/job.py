@@ -28,6 +28,7 @@ from sdlora.data.store import Store
 from sdlora.errors import UserError
 from sdlora.events import Event, Log, patiently
 from sdlora.family import Base, Family
+from sdlora.objective import Noising
 from sdlora.optim import adamw
 from sdlora.packs import file, metadata
 from sdlora.randomness import stream
@@ -70,6 +71,7 @@ def run(settled: Run, base: Base, out: Path, stop: Stop | None = None) -> Iterat
         kept = store.usual(out / "cache")
         found = ledger.read_dataset(settled, out / "cache", kept)
         loaded = family.load(base, accelerator.device, dtype)
+        check_objective(settled, loaded)
         job = Job(settled, base, out, began, ledger.fit_dataset(found, settled, loaded), sites(settled, loaded), kept)
         doubtful = [Event("warning", doubt) for doubt in doubts(settled, loaded, job.names)]
         prepare_folder(settled, out, accelerator.device)
@@ -126,6 +128,15 @@ def check_folder(settled: Run, out: Path) -> list[str]:
     return [f"{key} changes from {old!r} to {new!r}" for key, (old, new) in changed.items()]
 
 
+def check_objective(settled: Run, loaded: Family) -> None:
+    """Whether the network is asked for what it says: an adapter cannot turn the one into the other."""
+    kind = noising(settled).kind
+    if kind != loaded.prediction:
+        what = f"the base predicts {loaded.prediction} and the objective is {kind}: its pictures would be noise"
+        todo = f"set objective.kind={loaded.prediction}" if loaded.prediction in lookup.names("objectives") else "choose another base"
+        raise UserError("E-OBJ-01", what, loaded.base.folder, todo)
+
+
 def prepare_folder(settled: Run, out: Path, device: torch.device) -> None:
     """Make the run folder, or take up the one that is there."""
     safeio.write(out / "config.toml", to_toml(settled))
@@ -175,7 +186,7 @@ def _train(job: Job, loaded: Family, accelerator: Accelerator, stop: Stop) -> It
 def new_course(job: Job, loaded: Family, bank: Bank, learner: Learner, accelerator: Accelerator, stop: Stop) -> Course:
     """All that training needs, at its beginning."""
     settled, items = job.settled, job.dataset.account.used
-    goal = Goal(lookup.find("objectives", settled.objective.model_dump()["kind"]).noise, settled.objective)
+    goal = Goal(lookup.find("objectives", noising(settled).kind).noise, noising(settled))
     at_once = given(settled.train.batch_size)
     setup = Setup(loaded, bank, [learner], goal, settled.train, accelerator, at_once)
     said = [captions.final(items[i], settled, 0) for i in job.dataset.held]
@@ -249,6 +260,7 @@ def prepared(job: Job, loaded: Family, latents: Latents) -> Prepared:
         prior=range(len(said), len(text)),
         prior_share=given(settled.data.prior_share),
         final=final if varying else None,
+        noising=noising(settled),
     )
 
 
@@ -263,6 +275,12 @@ def loss_weights(job: Job, loaded: Family) -> list[list[Tensor]]:
         kept = [item.weight * masks.weights(mask, one.size, one.crop, factor, floor) for one in variants]
         found.append([weight.flip(2) if one.flip else weight for one, weight in zip(variants, kept, strict=True)])
     return found
+
+
+def noising(settled: Run) -> Noising:
+    """The objective's settings."""
+    assert isinstance(settled.objective, Noising)
+    return settled.objective
 
 
 def given(value: T | None) -> T:
@@ -287,6 +305,9 @@ def doubts(settled: Run, loaded: Family, names: Sequence[str]) -> list[str]:
         found.append(f"{what}; a lower adapter.rank can learn as much")
     if given(settled.train.lr) >= HIGH_RATE:
         found.append(f"train.lr = {settled.train.lr:g} is very high: 1e-4 is usual on Stable Diffusion, 2e-3 on the embedded base")
+    if noising(settled).model_dump().get("zero_terminal_snr") and float(loaded.alphas_cumprod[-1]) > 1e-6:
+        what = "objective.zero_terminal_snr: pictures are drawn by the base's own schedule, which does not end at noise alone"
+        found.append(f'{what}; set "rescale_betas_zero_snr": true and "timestep_spacing": "trailing" in its scheduler_config.json')
     return found
 
 

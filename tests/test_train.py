@@ -366,9 +366,9 @@ def test_an_objective_gives_what_the_loss_needs(name: str) -> None:
     uniform = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 1 - 2**-24])
     noised = module.noise(latents, noise, uniform, alphas, module.Config())
     assert noised.x.shape == noised.target.shape == latents.shape
-    assert noised.t.shape == noised.weight.shape == (6,)
+    assert noised.t.shape == noised.weight.shape == noised.snr.shape == (6,)
     assert noised.t.min() >= 0
-    assert noised.t.max() <= 999
+    assert noised.t.max() < 1000
     assert (noised.weight > 0).all()
     one = module.noise(latents[2:3], noise[2:3], uniform[2:3], alphas, module.Config())
     assert torch.equal(one.x[0], noised.x[2]), "a sample's noise does not depend on its batch"
@@ -453,6 +453,10 @@ ELSEWHERE = {  # which test shows it
     "data.skip_unreadable": "test_data: what is left out is accounted for",
     "adapter.kind": "test_adapter: every kind",
     "objective.kind": "test_train: an objective gives what the loss needs",
+    **dict.fromkeys(
+        [f"objective.{name}" for name in epsilon.Config.model_fields if name not in ("kind", "min_snr_gamma")],
+        "test_objectives: every setting of an objective changes the loss",
+    ),
     "train.save_every": "test_resume: what may change is said",
     "train.keep_checkpoints": "test_resume: the newest checkpoints are kept",
     "train.log_every": "test_train: the loss is read as often as is set",
