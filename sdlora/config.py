@@ -93,12 +93,10 @@ class Train(Settings):
     """Learning rate of the adapter in the UNet."""
     text_encoder_lr: Annotated[float, Field(ge=0, le=10)] | None = None
     """Learning rate of the adapter in the text encoder."""
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Literal["constant", "cosine"] | None = None
     """Course of the learning rate after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Steps in which the learning rate rises from zero."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """AdamW's decoupled weight decay (Loshchilov & Hutter 2019)."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm when they exceed it."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None
@@ -171,6 +169,8 @@ class Run(Settings):
     """The adapter's kind and that kind's own settings."""
     objective: SerializeAsAny[Settings] = Settings()
     """The objective's kind and that kind's own settings."""
+    optimizer: SerializeAsAny[Settings] = Settings()
+    """The optimizer's kind and that kind's own settings."""
     train: Train = Train()
     validation: Validation = Validation()
     preview: Preview = Preview()
@@ -183,7 +183,8 @@ class Run(Settings):
         return value
 
 
-CHOICES = {"adapter": ("adapters", "lora"), "objective": ("objectives", "epsilon")}  # table: (folder, kind when none is named)
+CHOICES = {"adapter": ("adapters", "lora"), "objective": ("objectives", "epsilon"), "optimizer": ("optimizers", "adamw")}
+"""Table: (folder, kind when none is named)."""
 
 
 def run_class(kinds: dict[str, str]) -> type[Run]:
@@ -207,7 +208,7 @@ def parse(table: dict[str, Any], source: object = "") -> Run:
 def resolve(run: Run, row: str) -> Run:
     """The run with nothing left open: what depends on the job and the base (`row` of the defaults) is filled in."""
     table = run.model_dump()
-    for dotted, value in defaults.settings(run.kind, row).items():
+    for dotted, value in defaults.settings(run.kind, row, table["optimizer"].get("kind", "")).items():
         part, _, field = dotted.partition(".")
         if table[part].get(field, value) is None:
             table[part][field] = value

@@ -29,7 +29,7 @@ from sdlora.errors import UserError
 from sdlora.events import Event, Log, patiently
 from sdlora.family import Base, Family
 from sdlora.objective import Noising
-from sdlora.optim import adamw
+from sdlora.optimizer import Optimizing, groups, library
 from sdlora.packs import file, metadata
 from sdlora.randomness import stream
 from sdlora.stop import Stop
@@ -42,6 +42,8 @@ T = TypeVar("T")
 Latents = Sequence[Sequence[tuple[Tensor, Tensor]]]
 """Mean and standard deviation (C, h, w) of each picture's variants."""
 HIGH_RATE = 0.1
+FIXED = ("base", "adapter", "name", "kind", "seed")
+"""What of a run's settings no resumed run may change."""
 REPORTED = ("preview", "stopped", "done")
 """Events after which the report is written anew."""
 RECORDED = ("sdlora", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
@@ -65,6 +67,7 @@ def run(settled: Run, base: Base, out: Path, stop: Stop | None = None) -> Iterat
     began = time.time()
     accelerator, dtype = devices.for_training(given(settled.train.precision))
     check_folder(settled, out)
+    check_optimizer(settled)
     trackers = Trackers(settled.train.trackers, settled.name, out / "trackers")
     with lock.held(out) as unlocked:
         notes = check_folder(settled, out)
@@ -119,7 +122,7 @@ def check_folder(settled: Run, out: Path) -> list[str]:
         return []
     before = dict(flat(parse(settings.read(path), path)))
     changed = {key: (before.get(key), value) for key, value in flat(settled) if before.get(key) != value}
-    fixed = [key for key in changed if key.partition(".")[0] in ("base", "adapter", "name", "kind", "seed")]
+    fixed = [key for key in changed if key == "optimizer.kind" or key.partition(".")[0] in FIXED]
     if fixed:
         what = "; ".join(f"{key} was {changed[key][0]!r} and would be {changed[key][1]!r}" for key in fixed)
         raise UserError(
@@ -135,6 +138,15 @@ def check_objective(settled: Run, loaded: Family) -> None:
         what = f"the base predicts {loaded.prediction} and the objective is {kind}: its pictures would be noise"
         todo = f"set objective.kind={loaded.prediction}" if loaded.prediction in lookup.names("objectives") else "choose another base"
         raise UserError("E-OBJ-01", what, loaded.base.folder, todo)
+
+
+def check_optimizer(settled: Run) -> None:
+    """Whether the optimizer is there, and can do what it is to do."""
+    own, rates = optimizing(settled), (given(settled.train.lr), given(settled.train.text_encoder_lr))
+    library(own)
+    if own.finds_its_rate and rates[1] not in (rates[0], 0):
+        what = f"{own.kind} finds one rate for all, and train.lr = {rates[0]:g} is not train.text_encoder_lr = {rates[1]:g}"
+        raise UserError("E-OPT-02", what, "train.text_encoder_lr", "set both alike, or this one to 0")
 
 
 def prepare_folder(settled: Run, out: Path, device: torch.device) -> None:
@@ -228,13 +240,15 @@ def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, 
     kind = lookup.find("adapters", settled.adapter.model_dump()["kind"])
     bank.add(settled.name, kind, settled.adapter, job.names, lambda dotted: stream(settled.seed, f"init/{dotted}"))
     data = prepared(job, loaded, latents)
-    groups = [
+    parts = [
         (bank.parameters(settled.name, "unet."), given(train.lr)),
         (bank.parameters(settled.name, "text_encoder."), given(train.text_encoder_lr)),
     ]
     params = bank.parameters(settled.name)
     ema = {dotted: parameter.detach().clone() for dotted, parameter in params.items()} if train.ema else {}
-    return Learner(settled.name, data, params, accelerator.prepare(adamw(groups, train)), ema)
+    own = optimizing(settled)
+    optimizer = lookup.find("optimizers", own.kind).new(groups(parts), own)
+    return Learner(settled.name, data, params, accelerator.prepare(optimizer), ema)
 
 
 def prepared(job: Job, loaded: Family, latents: Latents) -> Prepared:
@@ -283,6 +297,12 @@ def noising(settled: Run) -> Noising:
     return settled.objective
 
 
+def optimizing(settled: Run) -> Optimizing:
+    """The optimizer's settings."""
+    assert isinstance(settled.optimizer, Optimizing)
+    return settled.optimizer
+
+
 def given(value: T | None) -> T:
     """A setting that a resolved run always has."""
     assert value is not None
@@ -303,7 +323,7 @@ def doubts(settled: Run, loaded: Family, names: Sequence[str]) -> list[str]:
     if large:
         what = f"on {len(large)} of {len(names)} layers the adapter holds more numbers than the layer itself"
         found.append(f"{what}; a lower adapter.rank can learn as much")
-    if given(settled.train.lr) >= HIGH_RATE:
+    if given(settled.train.lr) >= HIGH_RATE and not optimizing(settled).finds_its_rate:
         found.append(f"train.lr = {settled.train.lr:g} is very high: 1e-4 is usual on Stable Diffusion, 2e-3 on the embedded base")
     if noising(settled).model_dump().get("zero_terminal_snr") and float(loaded.alphas_cumprod[-1]) > 1e-6:
         what = "objective.zero_terminal_snr: pictures are drawn by the base's own schedule, which does not end at noise alone"

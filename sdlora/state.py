@@ -89,7 +89,8 @@ def _files(progress: Progress, learners: Sequence[Learner]) -> dict[str, bytes]:
         for name, parameter in learner.params.items():
             weights[f"{learner.name}/{name}"] = parameter
             for slot, value in learner.optimizer.state.get(parameter, {}).items():
-                slots[f"{learner.name}/{name}/{slot}"] = torch.as_tensor(value)
+                if isinstance(value, Tensor):
+                    slots[f"{learner.name}/{name}/{slot}"] = value
         averages |= {f"{learner.name}/{name}": average for name, average in learner.ema.items()}
     files = {}
     for part, tensors in {"adapter": weights, "optimizer": slots, "ema": averages}.items():
@@ -102,8 +103,24 @@ def _files(progress: Progress, learners: Sequence[Learner]) -> dict[str, bytes]:
             files[f"{part}.safetensors"] = safetensors.torch.save(own)
     device = next(iter(learners[0].params.values())).device
     quarantine = {learner.name: learner.quarantine for learner in learners}
-    state = {"format": 2, **asdict(progress), "quarantine": quarantine, "machine": machine(device)}
+    numbers = {learner.name: _numbers(learner) for learner in learners}
+    state = {"format": 2, **asdict(progress), "quarantine": quarantine, "optimizer": numbers, "machine": machine(device)}
     return {**files, "state.json": json.dumps(state, indent=1).encode()}
+
+
+def _numbers(learner: Learner) -> dict[str, Any]:
+    """What the optimizer remembers in plain numbers: of each parameter, and of each group."""
+    slots = {name: learner.optimizer.state.get(parameter, {}) for name, parameter in learner.params.items()}
+    plain = {name: {slot: value for slot, value in own.items() if not isinstance(value, Tensor)} for name, own in slots.items()}
+    groups = [{entry: group[entry] for entry in group["memory"] if entry in group} for group in learner.optimizer.param_groups]
+    return {"parameters": {name: own for name, own in plain.items() if own}, "groups": groups}
+
+
+def _remember(learner: Learner, numbers: dict[str, Any]) -> None:
+    for name, own in numbers.get("parameters", {}).items():
+        learner.optimizer.state[learner.params[name]].update(own)
+    for group, own in zip(learner.optimizer.param_groups, numbers.get("groups", []), strict=False):
+        group.update(own)
 
 
 def steps(run: Path) -> list[int]:
@@ -123,7 +140,10 @@ def restore(run: Path, learners: Sequence[Learner], last: int, only: int = 0) ->
         tensors = {part: safetensors.torch.load(files.get(f"{part}.safetensors", EMPTY)) for part in ("adapter", "optimizer", "ema")}
         for learner in learners:
             _fill(learner, tensors, folder(run, step))
-        return Restored(_read(json.loads(files["state.json"]), learners), damaged, _differences(json.loads(files["state.json"]), learners))
+        written = json.loads(files["state.json"])
+        for learner in learners:
+            _remember(learner, written.get("optimizer", {}).get(learner.name, {}))
+        return Restored(_read(written, learners), damaged, _differences(written, learners))
     return Restored(Progress(), damaged)
 
 

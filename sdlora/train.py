@@ -16,7 +16,8 @@ from sdlora.data.batches import Batch, Prepared, micro_batch
 from sdlora.errors import RESOURCES, UserError
 from sdlora.family import Family
 from sdlora.objective import Noise, Noised, Noising, miss
-from sdlora.optim import rate, set_rate
+from sdlora.optimizer import set_rate
+from sdlora.schedule import rate
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Learner:
     name: str
     data: Prepared
     params: dict[str, nn.Parameter]
-    optimizer: AcceleratedOptimizer  # around a MaskedAdamW
+    optimizer: AcceleratedOptimizer  # around a `Masked` one
     ema: dict[str, Tensor] = field(default_factory=dict)  # moving average of the parameters, where one is kept
     quarantine: dict[int, int] = field(default_factory=dict)  # pictures that broke steps, and the first step that is without each
 
@@ -38,9 +39,10 @@ class Learner:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """The parameters at their average for a while, if there is one."""
-        now = {name: self.params[name].detach().clone() for name in self.ema}
+        average = self.ema or self.optimizer.optimizer.average(self.params)
+        now = {name: self.params[name].detach().clone() for name in average}
         try:
-            self._set(self.ema)
+            self._set(average)
             yield
         finally:
             self._set(now)

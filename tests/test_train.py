@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdlora import api, devices, family, job, lookup, optim
+from sdlora import api, devices, family, job, lookup, optimizer
 from sdlora.adapter import Bank
 from sdlora.config import Run, flat
 from sdlora.data import buckets, cache, ledger
@@ -26,6 +26,7 @@ from sdlora.data.store import Store
 from sdlora.errors import NUMBERS, UserError
 from sdlora.objective import Noised
 from sdlora.objectives import epsilon
+from sdlora.schedule import rate
 from sdlora.settings import Settings
 from sdlora.train import Goal, Learner, Setup, sample_losses, steps
 
@@ -188,7 +189,7 @@ def test_a_run_whose_numbers_break_ends_with_its_exit_code(pictures: Path, base:
 def test_the_rate_has_its_closed_form(steps: int, warmup: int, pictures: Path, base: Path) -> None:
     for schedule in ("cosine", "constant"):
         train = small.settled(pictures, base, train__steps=steps, train__warmup_steps=warmup, train__schedule=schedule).train
-        rates = [optim.rate(step, train) for step in range(steps + 1)]
+        rates = [rate(step, train) for step in range(steps + 1)]
         assert all(0 < rate <= 1 for rate in rates[:-1])
         for step in range(min(warmup, steps)):
             assert rates[step] == pytest.approx((step + 1) / (warmup + 1))
@@ -205,7 +206,7 @@ def test_each_part_learns_at_its_own_rate(pictures: Path, base: Path, tmp_path: 
     run = small.settled(pictures, base, train__lr=1e-2, train__text_encoder_lr=1e-3)
     learner = cast([run], tmp_path, torch.float32).learners[0]
     for factor in (1.0, 0.25):
-        optim.set_rate(learner.optimizer, factor)
+        optimizer.set_rate(learner.optimizer, factor)
         assert [group["lr"] for group in learner.optimizer.param_groups] == pytest.approx([1e-2 * factor, 1e-3 * factor])
     held = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in learner.params.values()}
@@ -417,7 +418,7 @@ BY_WEIGHTS: dict[str, Any] = {
     "train.text_encoder_lr": 1e-3,
     "train.schedule": "constant",
     "train.warmup_steps": 0,
-    "train.weight_decay": 0.5,
+    "optimizer.weight_decay": 0.5,
     "train.clip_norm": 1e-3,
     "train.precision": "bf16",
     "train.ema": 0.5,
@@ -456,6 +457,10 @@ ELSEWHERE = {  # which test shows it
     **dict.fromkeys(
         [f"objective.{name}" for name in epsilon.Config.model_fields if name not in ("kind", "min_snr_gamma")],
         "test_objectives: every setting of an objective changes the loss",
+    ),
+    **dict.fromkeys(
+        ["optimizer.kind", *(f"optimizer.{name}" for name in ("beta1", "beta2", "eps"))],
+        "test_optimizers: every setting of an optimizer changes its steps",
     ),
     "train.save_every": "test_resume: what may change is said",
     "train.keep_checkpoints": "test_resume: the newest checkpoints are kept",

@@ -13,6 +13,7 @@ from PIL import Image
 
 from sdlora.config import Run
 from sdlora.family import Family
+from sdlora.optimizer import Optimizing
 
 CLOCK = ("modelspec.date", "ss_training_started_at", "ss_training_finished_at")
 """The only fields that two equal runs may differ in."""
@@ -35,6 +36,7 @@ def describe(run: Run, family: Family, facts: Facts, sha256: str) -> dict[str, s
     """The header of a pack for a resolved run; every value is a string, as the format wants it."""
     adapter, objective, train = run.adapter.model_dump(), run.objective.model_dump(), run.train
     side = run.data.resolution_px
+    assert isinstance(run.optimizer, Optimizing)
     fields: dict[str, Any] = {
         **family.architecture(),
         "modelspec.sai_model_spec": "1.0.1",
@@ -68,7 +70,7 @@ def describe(run: Run, family: Family, facts: Facts, sha256: str) -> dict[str, s
         "ss_max_grad_norm": train.clip_norm,
         "ss_caption_dropout_rate": run.data.caption_dropout,
         "ss_min_snr_gamma": objective.get("min_snr_gamma"),
-        "ss_optimizer": "torch.optim.AdamW",
+        "ss_optimizer": run.optimizer.known_as,
         "ss_mixed_precision": train.precision,
         "ss_bucket_info": json.dumps({"buckets": _buckets(facts.buckets)}),
         "ss_training_started_at": facts.started_at,
