@@ -28,6 +28,8 @@ class Delta(nn.Module):
     """Whether the adapted layer starts as the layer itself: bit for bit, up to rounding, or through a gate at zero."""
     merges: ClassVar[bool] = True
     """Whether `merged` gives a ΔW that does the same as the adapter."""
+    fast: ClassVar[Sequence[str]] = ()
+    """Its parameters that may learn faster than the others (LoRA+): those that start at zero, where the kind is such a product."""
 
     def change(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """What is added, at strength 1, to the layer's output `y` for its input `x`."""
@@ -183,6 +185,10 @@ class Bank:
             if dotted.startswith(component):
                 found |= {f"{dotted}.{leaf}": p for leaf, p in delta.named_parameters()}
         return found
+
+    def fast(self, name: str) -> set[str]:
+        """Full names of the parameters of one adapter that may learn faster than the others."""
+        return {f"{dotted}.{leaf}" for dotted, _, delta in self.deltas(name) for leaf in delta.fast}
 
     def merge(self, name: str, strength: float = 1.0) -> None:
         """Add ΔW into the base's weights, so that inference costs nothing; the adapter is taken off."""

@@ -29,7 +29,7 @@ from sdlora.errors import UserError
 from sdlora.events import Event, Log, patiently
 from sdlora.family import Base, Family
 from sdlora.objective import Noising
-from sdlora.optimizer import Optimizing, groups, library
+from sdlora.optimizer import Optimizing, faster, groups, library
 from sdlora.packs import file, metadata
 from sdlora.randomness import stream
 from sdlora.stop import Stop
@@ -144,9 +144,13 @@ def check_optimizer(settled: Run) -> None:
     """Whether the optimizer is there, and can do what it is to do."""
     own, rates = optimizing(settled), (given(settled.train.lr), given(settled.train.text_encoder_lr))
     library(own)
+    ratio, adapter = settled.train.lora_plus_ratio, settled.adapter.model_dump()["kind"]
     if own.finds_its_rate and rates[1] not in (rates[0], 0):
         what = f"{own.kind} finds one rate for all, and train.lr = {rates[0]:g} is not train.text_encoder_lr = {rates[1]:g}"
         raise UserError("E-OPT-02", what, "train.text_encoder_lr", "set both alike, or this one to 0")
+    if ratio != 1 and (own.finds_its_rate or not lookup.find("adapters", adapter).Adapter.fast):
+        who = f"{own.kind} finds one rate for all" if own.finds_its_rate else f"{adapter} has no factor that starts at zero"
+        raise UserError("E-OPT-03", f"{who}, so that none can learn {ratio:g} times as fast", "train.lora_plus_ratio", "set it to 1")
 
 
 def prepare_folder(settled: Run, out: Path, device: torch.device) -> None:
@@ -240,14 +244,12 @@ def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, 
     kind = lookup.find("adapters", settled.adapter.model_dump()["kind"])
     bank.add(settled.name, kind, settled.adapter, job.names, lambda dotted: stream(settled.seed, f"init/{dotted}"))
     data = prepared(job, loaded, latents)
-    parts = [
-        (bank.parameters(settled.name, "unet."), given(train.lr)),
-        (bank.parameters(settled.name, "text_encoder."), given(train.text_encoder_lr)),
-    ]
+    rates, fast = {"unet.": given(train.lr), "text_encoder.": given(train.text_encoder_lr)}, bank.fast(settled.name)
+    halves = [faster(bank.parameters(settled.name, part), lr, fast, train.lora_plus_ratio) for part, lr in rates.items()]
     params = bank.parameters(settled.name)
     ema = {dotted: parameter.detach().clone() for dotted, parameter in params.items()} if train.ema else {}
     own = optimizing(settled)
-    optimizer = lookup.find("optimizers", own.kind).new(groups(parts), own)
+    optimizer = lookup.find("optimizers", own.kind).new(groups([*itertools.chain.from_iterable(halves)]), own)
     return Learner(settled.name, data, params, accelerator.prepare(optimizer), ema)
 
 

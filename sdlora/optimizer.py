@@ -90,6 +90,12 @@ def groups(parts: Sequence[tuple[Mapping[str, nn.Parameter], float]]) -> list[di
     return [{"params": list(params.values()), "lr": lr, "peak_lr": lr} for params, lr in parts if params and lr > 0]
 
 
+def faster(params: Mapping[str, nn.Parameter], lr: float, fast: set[str], ratio: float) -> list[tuple[dict[str, nn.Parameter], float]]:
+    """Parts in which the parameters named in `fast` learn at `ratio` times the rate (LoRA+, Hayou et al. 2024, section 4)."""
+    slow = {name: p for name, p in params.items() if ratio == 1 or name not in fast}
+    return [(slow, lr), ({name: p for name, p in params.items() if name not in slow}, lr * ratio)]
+
+
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set every group's learning rate to its peak times the factor."""
     for group in optimizer.param_groups:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sdlora import api, devices, family, job, lookup, optimizer
 from sdlora.adapter import Bank
+from sdlora.adapters import lora
 from sdlora.config import Run, flat
 from sdlora.data import buckets, cache, ledger
 from sdlora.data.batches import Prepared, micro_batch, picture_of
@@ -210,6 +211,24 @@ def test_each_part_learns_at_its_own_rate(pictures: Path, base: Path, tmp_path: 
         assert [group["lr"] for group in learner.optimizer.param_groups] == pytest.approx([1e-2 * factor, 1e-3 * factor])
     held = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in learner.params.values()}
+
+
+def test_lora_plus_lets_up_learn_faster(pictures: Path, base: Path, tmp_path: Path) -> None:
+    run = small.settled(pictures, base, train__lr=1e-3, train__text_encoder_lr=1e-4, train__lora_plus_ratio=16.0)
+    learner = cast([run], tmp_path, torch.float32).learners[0]
+    names = {id(p): name for name, p in learner.params.items()}
+    found = {names[id(p)]: group["peak_lr"] for group in learner.optimizer.param_groups for p in group["params"]}
+    assert found.keys() == learner.params.keys()
+    for name, lr in found.items():
+        wanted = (1e-4 if name.startswith("text_encoder") else 1e-3) * (16 if name.endswith(".up") else 1)
+        assert lr == pytest.approx(wanted), name
+
+
+def test_lora_plus_is_refused_where_it_would_do_nothing(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora.Adapter, "fast", ())
+    with pytest.raises(UserError, match=r"E-OPT-03.*lora has no factor"):
+        list(api.train(small.settled(squares, base, train__lora_plus_ratio=16.0), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_rate_of_zero_leaves_the_text_encoder_alone(pictures: Path, base: Path, tmp_path: Path) -> None:
@@ -418,6 +437,7 @@ BY_WEIGHTS: dict[str, Any] = {
     "train.text_encoder_lr": 1e-3,
     "train.schedule": "constant",
     "train.warmup_steps": 0,
+    "train.lora_plus_ratio": 4.0,
     "optimizer.weight_decay": 0.5,
     "train.clip_norm": 1e-3,
     "train.precision": "bf16",
@@ -462,6 +482,9 @@ ELSEWHERE = {  # which test shows it
         ["optimizer.kind", *(f"optimizer.{name}" for name in ("beta1", "beta2", "eps"))],
         "test_optimizers: every setting of an optimizer changes its steps",
     ),
+    "train.cycles": "test_schedule: schedules have their closed forms",
+    "train.decay_share": "test_schedule: schedules have their closed forms",
+    "train.warmup_share": "test_schedule: a warm-up may be a share of the steps",
     "train.save_every": "test_resume: what may change is said",
     "train.keep_checkpoints": "test_resume: the newest checkpoints are kept",
     "train.log_every": "test_train: the loss is read as often as is set",

@@ -37,6 +37,8 @@ def fits(layer: nn.Module) -> bool:
 class Adapter(Delta):
     """down (r, in) or (r, in, k, k); up (out, r) or (out, r, 1, 1); both float32, computed in the layer's dtype."""
 
+    fast = ("up",)
+
     def __init__(self, layer: nn.Linear | nn.Conv2d, config: Config, rng: np.random.Generator) -> None:
         super().__init__()
         assert config.rank is not None
