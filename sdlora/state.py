@@ -1,6 +1,7 @@
 """Checkpoints: everything that a step depends on beside the settings, as a folder of safetensors and JSON with checksums."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -92,9 +93,10 @@ def _files(progress: Progress, learners: Sequence[Learner]) -> dict[str, bytes]:
                 if isinstance(value, Tensor):
                     slots[f"{learner.name}/{name}/{slot}"] = value
         averages |= {f"{learner.name}/{name}": average for name, average in learner.ema.items()}
-    files = {}
+    files, numbers = {}, {learner.name: _numbers(learner) for learner in learners}
+    odd = [entry for own in numbers.values() for group in own["groups"] for entry, number in group.items() if not math.isfinite(number)]
     for part, tensors in {"adapter": weights, "optimizer": slots, "ema": averages}.items():
-        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()] + odd * (part == "optimizer")
         if broken:
             what = f"{broken[0]} ({part}) holds a number that is not finite; no checkpoint is written, the last good one stays"
             raise UserError("E-NUM-02", what, f"step {progress.step}", "lower train.lr or set train.precision=fp32, and resume", NUMBERS)
@@ -103,7 +105,6 @@ def _files(progress: Progress, learners: Sequence[Learner]) -> dict[str, bytes]:
             files[f"{part}.safetensors"] = safetensors.torch.save(own)
     device = next(iter(learners[0].params.values())).device
     quarantine = {learner.name: learner.quarantine for learner in learners}
-    numbers = {learner.name: _numbers(learner) for learner in learners}
     state = {"format": 2, **asdict(progress), "quarantine": quarantine, "optimizer": numbers, "machine": machine(device)}
     return {**files, "state.json": json.dumps(state, indent=1).encode()}
 

@@ -84,6 +84,17 @@ def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(name: str, tmp_pa
     assert not same(advance(forgetful, range(20, 40)), ended), "the control: what it remembers matters"
 
 
+@pytest.mark.parametrize("name", ["prodigy", "schedulefree"])
+def test_no_number_that_is_not_finite_is_saved(name: str, tmp_path: Path) -> None:
+    one = learner(name)
+    advance(one, range(2))
+    state.save(tmp_path, Progress(1), [one], 2)
+    one.optimizer.param_groups[1][one.optimizer.param_groups[1]["memory"][1]] = float("inf")
+    with pytest.raises(UserError, match=r"E-NUM-02.*optimizer"):
+        state.save(tmp_path, Progress(2), [one], 2)
+    assert state.steps(tmp_path) == [1]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_goes_down(name: str) -> None:
     one = learner(name, **({"d0": 1e-2, "d_coef": 3.0} if name == "prodigy" else {"lr": 0.05}))
