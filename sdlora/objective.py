@@ -50,7 +50,7 @@ class Noising(Settings):
     pyramid_levels: Annotated[int, Field(ge=1, le=12)] = 6
     """Levels of half the size each; it ends where a side is a single latent."""
     input_perturbation: Fraction = 0.0
-    """Further noise that the network sees and is not asked for (Ning et al. 2023, eq. 7); they use 0.1."""
+    """Further noise that the network sees and is not asked for (Ning et al. 2023); they use 0.1."""
     huber: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Pseudo-Huber loss 2c (sqrt(d² + c²) - c) with this c, that counts large misses d less (Khrapov et al. 2024); 0: squared error."""
     huber_schedule: Literal["constant", "snr"] = "snr"
@@ -69,7 +69,7 @@ class Weighting(Noising):
     min_snr_gamma: Annotated[float, Field(ge=0)] = 5.0
     """Weight min(SNR, gamma) on the loss of x_0 (Hang et al. 2023, eq. 8), so that nearly clean samples don't dominate; 0: off."""
     debiased: bool = False
-    """Weight sqrt(SNR) on the loss of x_0 (Yu et al. 2023, eq. 8), which is 1 / sqrt(SNR) on that of the noise; instead of min-SNR."""
+    """Weight sqrt(SNR) on the loss of x_0 (Yu et al. 2023), which is 1 / sqrt(SNR) on that of the noise; instead of min-SNR."""
 
     def weight(self, snr: Tensor, own: Tensor) -> Tensor:
         """Each sample's weight (B,), where the objective's squared error is `own` times that of x_0."""

@@ -91,7 +91,7 @@ def groups(parts: Sequence[tuple[Mapping[str, nn.Parameter], float]]) -> list[di
 
 
 def faster(params: Mapping[str, nn.Parameter], lr: float, fast: set[str], ratio: float) -> list[tuple[dict[str, nn.Parameter], float]]:
-    """Parts in which the parameters named in `fast` learn at `ratio` times the rate (LoRA+, Hayou et al. 2024, section 4)."""
+    """Parts in which the parameters named in `fast` learn at `ratio` times the rate (LoRA+, Hayou et al. 2024)."""
     slow = {name: p for name, p in params.items() if ratio == 1 or name not in fast}
     return [(slow, lr), ({name: p for name, p in params.items() if name not in slow}, lr * ratio)]
 
