@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from sdlora import state
-from sdlora.optim import MaskedAdamW
+from sdlora.optimizer import groups
+from sdlora.optimizers import adamw
 from sdlora.state import Progress
 from sdlora.train import Learner
 
@@ -23,7 +24,7 @@ PARAMETERS = 50_000_000 // 12
 
 def main() -> None:
     parameter = nn.Parameter(torch.randn(PARAMETERS))
-    optimizer = MaskedAdamW([parameter], lr=1e-3, fused=True)
+    optimizer = adamw.new(groups([({"all": parameter}, 1e-3)]), adamw.Config())
     parameter.grad = torch.randn(PARAMETERS)
     optimizer.mask(torch.tensor(True))
     optimizer.step()

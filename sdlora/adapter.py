@@ -48,6 +48,8 @@ class Delta(nn.Module):
     """Leaves whose values a pack holds in float32."""
     network: ClassVar[str] = "lycoris.kohya"
     """The module by which trainers of packs know the kind."""
+    fast: ClassVar[Sequence[str]] = ()
+    """Its parameters that may learn faster than the others (LoRA+): those that start at zero, where the kind is such a product."""
 
     def difference(self, layer: nn.Module) -> Tensor:
         """ΔW in the shape of the layer's weight, differentiable. Whoever merges gives it; the rest follows."""
@@ -237,6 +239,10 @@ class Bank:
             if dotted.startswith(component):
                 found |= {f"{dotted}.{leaf}": p for leaf, p in delta.named_parameters()}
         return found
+
+    def fast(self, name: str) -> set[str]:
+        """Full names of the parameters of one adapter that may learn faster than the others."""
+        return {f"{dotted}.{leaf}" for dotted, _, delta in self.deltas(name) for leaf in delta.fast}
 
     def merge(self, name: str, strength: float = 1.0) -> None:
         """Add ΔW into the base's weights, so that inference costs nothing; the adapter is taken off."""

@@ -93,12 +93,18 @@ class Train(Settings):
     """Learning rate of the adapter in the UNet."""
     text_encoder_lr: Annotated[float, Field(ge=0, le=10)] | None = None
     """Learning rate of the adapter in the text encoder."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """Course of the learning rate after the warm-up."""
+    lora_plus_ratio: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """LoRA+ (Hayou et al. 2024): the factor that starts at zero, LoRA's up, learns at this times the rate; they take 16."""
+    schedule: Literal["constant", "linear", "cosine", "restarts", "wsd"] | None = None
+    """Course of the learning rate after the warm-up. restarts: several cosines; wsd: it stays, and falls in a straight line at the end."""
+    cycles: Count = 3
+    """Cosines of `restarts`."""
+    decay_share: Fraction = 0.2
+    """Share of the steps in which the rate of `wsd` falls."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Steps in which the learning rate rises from zero."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """AdamW's decoupled weight decay (Loshchilov & Hutter 2019)."""
+    warmup_share: Fraction = 0.0
+    """The same as a share of all steps, where it is above 0."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm when they exceed it."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None
@@ -171,6 +177,8 @@ class Run(Settings):
     """The adapter's kind and that kind's own settings."""
     objective: SerializeAsAny[Settings] = Settings()
     """The objective's kind and that kind's own settings."""
+    optimizer: SerializeAsAny[Settings] = Settings()
+    """The optimizer's kind and that kind's own settings."""
     train: Train = Train()
     validation: Validation = Validation()
     preview: Preview = Preview()
@@ -183,7 +191,8 @@ class Run(Settings):
         return value
 
 
-CHOICES = {"adapter": ("adapters", "lora"), "objective": ("objectives", "epsilon")}  # table: (folder, kind when none is named)
+CHOICES = {"adapter": ("adapters", "lora"), "objective": ("objectives", "epsilon"), "optimizer": ("optimizers", "adamw")}
+"""Table: (folder, kind when none is named)."""
 
 
 def run_class(kinds: dict[str, str]) -> type[Run]:
@@ -207,10 +216,11 @@ def parse(table: dict[str, Any], source: object = "") -> Run:
 def resolve(run: Run, row: str) -> Run:
     """The run with nothing left open: what depends on the job and the base (`row` of the defaults) is filled in."""
     table = run.model_dump()
-    for dotted, value in defaults.settings(run.kind, row).items():
+    for dotted, value in defaults.settings(run.kind, row, table["optimizer"].get("kind", "")).items():
         part, _, field = dotted.partition(".")
         if table[part].get(field, value) is None:
             table[part][field] = value
+    table["train"]["warmup_steps"] = _warmup(run.train, table["train"])
     trigger = run.trigger or run.name
     table["trigger"] = trigger
     for prompt in run.data.prior_prompts or ():
@@ -228,6 +238,17 @@ def resolve(run: Run, row: str) -> Run:
     if adapter.get("alpha", 0) is None:
         adapter["alpha"] = float(adapter["rank"])
     return parse(table)
+
+
+def _warmup(said: Train, settled: dict[str, Any]) -> int:
+    """Steps of the warm-up, which may be given in one way or the other."""
+    if not said.warmup_share:
+        return int(settled["warmup_steps"])
+    count: int = round(said.warmup_share * settled["steps"])
+    if said.warmup_steps not in (None, count):
+        what = f"train.warmup_steps = {said.warmup_steps}, and train.warmup_share = {said.warmup_share:g} is {count} of {settled['steps']}"
+        raise UserError("E-CONF-10", what, "train.warmup_share", "leave one of them out")
+    return count
 
 
 def names_trigger(text: str, trigger: str) -> bool:

@@ -12,7 +12,7 @@ from sdlora import diagnose, pictures, preview, safeio, state, validation
 from sdlora.config import Run
 from sdlora.errors import NUMBERS, UserError
 from sdlora.events import Event, patiently
-from sdlora.optim import rate
+from sdlora.schedule import rate
 from sdlora.state import Progress
 from sdlora.stop import Stop
 from sdlora.studio import Studio

@@ -30,6 +30,7 @@ TABLE: dict[tuple[str, str], dict[str, Any]] = {
         "train.batch_size": 2,
         "train.lr": 1e-4,
         "train.text_encoder_lr": 5e-5,
+        "train.schedule": "cosine",
         "train.warmup_steps": 100,
         "train.save_every": 250,
         "train.precision": "auto",
@@ -52,6 +53,7 @@ TABLE: dict[tuple[str, str], dict[str, Any]] = {
         "train.batch_size": 16,
         "train.lr": 2e-3,
         "train.text_encoder_lr": 5e-4,
+        "train.schedule": "cosine",
         "train.warmup_steps": 20,
         "train.save_every": 100,
         "train.precision": "fp32",
@@ -62,7 +64,18 @@ TABLE: dict[tuple[str, str], dict[str, Any]] = {
     ("style", "tiny"): {"data.prior_share": 0.4, "train.steps": 260, "train.lr": 1.5e-3},
 }
 
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    # It finds the rate itself, one for all: what is set is a factor on it, and its authors leave that at 1.
+    "prodigy": {"train.lr": 1.0, "train.text_encoder_lr": 1.0},
+    # The average that it trains towards does what a falling rate does.
+    "schedulefree": {"train.schedule": "constant"},
+}
+RATES = {"lion": 0.2, "lion8bit": 0.2}
+"""Factors on the rates that suit AdamW: every number moves by the whole rate, so that the authors take 3 to 10 times less."""
 
-def settings(kind: str, row: str) -> dict[str, Any]:
+
+def settings(kind: str, row: str, optimizer: str = "") -> dict[str, Any]:
     """Dotted names and values for a job of this kind on a base whose defaults are in this row."""
-    return {**TABLE.get((ANY, row), {}), **TABLE.get((kind, row), {})}
+    found = {**TABLE.get((ANY, row), {}), **TABLE.get((kind, row), {}), **OPTIMIZERS.get(optimizer, {})}
+    factor = RATES.get(optimizer, 1.0)
+    return {name: value * factor if name in ("train.lr", "train.text_encoder_lr") else value for name, value in found.items()}

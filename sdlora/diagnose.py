@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdlora.data.batches import Batch, micro_batch, picture_of
-from sdlora.train import Setup, sample_losses
+from sdlora.train import Setup, noised_batch, sample_losses
 
 OTHERS = 4
 """Pictures tried beside those of the step, to tell a broken picture from a broken adapter."""
@@ -99,11 +99,7 @@ def _latents_are_finite(sample: Sample) -> bool:
 
 
 def timestep(setup: Setup, sample: Sample) -> int:
-    batch, device = sample.batch, setup.family.device
-    noised = setup.goal.noise(
-        batch.latents.to(device), batch.noise.to(device), batch.uniform.to(device), setup.family.alphas_cumprod, setup.goal.config
-    )
-    return int(noised.t[0])
+    return int(noised_batch(setup.family, sample.batch, setup.goal).t[0])
 
 
 def first_broken(setup: Setup, sample: Sample) -> str:

@@ -53,6 +53,8 @@ class Family(ABC):
     """What adapters may sit on, frozen; layer names inside a component are those that packs use."""
     device: torch.device
     alphas_cumprod: Tensor
+    prediction: str
+    """What the network says: the name of the objective that it was trained with."""
     most_tokens: int
     """Of a caption, which the network reads."""
     latent_channels: int

@@ -28,7 +28,8 @@ from sdlora.data.store import Store
 from sdlora.errors import UserError
 from sdlora.events import Event, Log, patiently
 from sdlora.family import Base, Family
-from sdlora.optim import adamw
+from sdlora.objective import Noising
+from sdlora.optimizer import Optimizing, faster, groups, library
 from sdlora.packs import file, metadata
 from sdlora.randomness import stream
 from sdlora.stop import Stop
@@ -41,6 +42,8 @@ T = TypeVar("T")
 Latents = Sequence[Sequence[tuple[Tensor, Tensor]]]
 """Mean and standard deviation (C, h, w) of each picture's variants."""
 HIGH_RATE = 0.1
+FIXED = ("base", "adapter", "name", "kind", "seed")
+"""What of a run's settings no resumed run may change."""
 REPORTED = ("preview", "stopped", "done")
 """Events after which the report is written anew."""
 RECORDED = ("sdlora", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
@@ -64,12 +67,14 @@ def run(settled: Run, base: Base, out: Path, stop: Stop | None = None) -> Iterat
     began = time.time()
     accelerator, dtype = devices.for_training(given(settled.train.precision))
     check_folder(settled, out)
+    check_optimizer(settled)
     trackers = Trackers(settled.train.trackers, settled.name, out / "trackers")
     with lock.held(out) as unlocked:
         notes = check_folder(settled, out)
         kept = store.usual(out / "cache")
         found = ledger.read_dataset(settled, out / "cache", kept)
         loaded = family.load(base, accelerator.device, dtype)
+        check_objective(settled, loaded)
         job = Job(settled, base, out, began, ledger.fit_dataset(found, settled, loaded), sites(settled, loaded), kept)
         doubtful = [Event("warning", doubt) for doubt in doubts(settled, loaded, job.names)]
         prepare_folder(settled, out, accelerator.device)
@@ -117,13 +122,35 @@ def check_folder(settled: Run, out: Path) -> list[str]:
         return []
     before = dict(flat(parse(settings.read(path), path)))
     changed = {key: (before.get(key), value) for key, value in flat(settled) if before.get(key) != value}
-    fixed = [key for key in changed if key.partition(".")[0] in ("base", "adapter", "name", "kind", "seed")]
+    fixed = [key for key in changed if key == "optimizer.kind" or key.partition(".")[0] in FIXED]
     if fixed:
         what = "; ".join(f"{key} was {changed[key][0]!r} and would be {changed[key][1]!r}" for key in fixed)
         raise UserError(
             "E-RUN-02", f"another run lies in this folder: {what}", out, "train into another folder with --out, or remove this one"
         )
     return [f"{key} changes from {old!r} to {new!r}" for key, (old, new) in changed.items()]
+
+
+def check_objective(settled: Run, loaded: Family) -> None:
+    """Whether the network is asked for what it says: an adapter cannot turn the one into the other."""
+    kind = noising(settled).kind
+    if kind != loaded.prediction:
+        what = f"the base predicts {loaded.prediction} and the objective is {kind}: its pictures would be noise"
+        todo = f"set objective.kind={loaded.prediction}" if loaded.prediction in lookup.names("objectives") else "choose another base"
+        raise UserError("E-OBJ-01", what, loaded.base.folder, todo)
+
+
+def check_optimizer(settled: Run) -> None:
+    """Whether the optimizer is there, and can do what it is to do."""
+    own, rates = optimizing(settled), (given(settled.train.lr), given(settled.train.text_encoder_lr))
+    library(own)
+    ratio, adapter = settled.train.lora_plus_ratio, settled.adapter.model_dump()["kind"]
+    if own.finds_its_rate and rates[1] not in (rates[0], 0):
+        what = f"{own.kind} finds one rate for all, and train.lr = {rates[0]:g} is not train.text_encoder_lr = {rates[1]:g}"
+        raise UserError("E-OPT-02", what, "train.text_encoder_lr", "set both alike, or this one to 0")
+    if ratio != 1 and (own.finds_its_rate or not lookup.find("adapters", adapter).Adapter.fast):
+        who = f"{own.kind} finds one rate for all" if own.finds_its_rate else f"{adapter} has no factor that starts at zero"
+        raise UserError("E-OPT-03", f"{who}, so that none can learn {ratio:g} times as fast", "train.lora_plus_ratio", "set it to 1")
 
 
 def prepare_folder(settled: Run, out: Path, device: torch.device) -> None:
@@ -175,7 +202,7 @@ def _train(job: Job, loaded: Family, accelerator: Accelerator, stop: Stop) -> It
 def new_course(job: Job, loaded: Family, bank: Bank, learner: Learner, accelerator: Accelerator, stop: Stop) -> Course:
     """All that training needs, at its beginning."""
     settled, items = job.settled, job.dataset.account.used
-    goal = Goal(lookup.find("objectives", settled.objective.model_dump()["kind"]).noise, settled.objective)
+    goal = Goal(lookup.find("objectives", noising(settled).kind).noise, noising(settled))
     at_once = given(settled.train.batch_size)
     setup = Setup(loaded, bank, [learner], goal, settled.train, accelerator, at_once)
     said = [captions.final(items[i], settled, 0) for i in job.dataset.held]
@@ -222,13 +249,13 @@ def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, 
     kind = lookup.find("adapters", settled.adapter.model_dump()["kind"])
     bank.add(settled.name, kind, settled.adapter, job.names, lambda dotted: stream(settled.seed, f"init/{dotted}"))
     data = prepared(job, loaded, latents)
-    groups = [
-        (bank.parameters(settled.name, "unet."), given(train.lr)),
-        (bank.parameters(settled.name, "text_encoder."), given(train.text_encoder_lr)),
-    ]
+    rates, fast = {"unet.": given(train.lr), "text_encoder.": given(train.text_encoder_lr)}, bank.fast(settled.name)
+    halves = [faster(bank.parameters(settled.name, part), lr, fast, train.lora_plus_ratio) for part, lr in rates.items()]
     params = bank.parameters(settled.name)
     ema = {dotted: parameter.detach().clone() for dotted, parameter in params.items()} if train.ema else {}
-    return Learner(settled.name, data, params, accelerator.prepare(adamw(groups, train)), ema)
+    own = optimizing(settled)
+    optimizer = lookup.find("optimizers", own.kind).new(groups([*itertools.chain.from_iterable(halves)]), own)
+    return Learner(settled.name, data, params, accelerator.prepare(optimizer), ema)
 
 
 def prepared(job: Job, loaded: Family, latents: Latents) -> Prepared:
@@ -254,6 +281,7 @@ def prepared(job: Job, loaded: Family, latents: Latents) -> Prepared:
         prior=range(len(said), len(text)),
         prior_share=given(settled.data.prior_share),
         final=final if varying else None,
+        noising=noising(settled),
     )
 
 
@@ -268,6 +296,18 @@ def loss_weights(job: Job, loaded: Family) -> list[list[Tensor]]:
         kept = [item.weight * masks.weights(mask, one.size, one.crop, factor, floor) for one in variants]
         found.append([weight.flip(2) if one.flip else weight for one, weight in zip(variants, kept, strict=True)])
     return found
+
+
+def noising(settled: Run) -> Noising:
+    """The objective's settings."""
+    assert isinstance(settled.objective, Noising)
+    return settled.objective
+
+
+def optimizing(settled: Run) -> Optimizing:
+    """The optimizer's settings."""
+    assert isinstance(settled.optimizer, Optimizing)
+    return settled.optimizer
 
 
 def given(value: T | None) -> T:
@@ -290,8 +330,11 @@ def doubts(settled: Run, loaded: Family, names: Sequence[str]) -> list[str]:
     if large:
         what = f"on {len(large)} of {len(names)} layers the adapter holds more numbers than the layer itself"
         found.append(f"{what}; a lower adapter.rank can learn as much")
-    if given(settled.train.lr) >= HIGH_RATE:
+    if given(settled.train.lr) >= HIGH_RATE and not optimizing(settled).finds_its_rate:
         found.append(f"train.lr = {settled.train.lr:g} is very high: 1e-4 is usual on Stable Diffusion, 2e-3 on the embedded base")
+    if noising(settled).model_dump().get("zero_terminal_snr") and float(loaded.alphas_cumprod[-1]) > 1e-6:
+        what = "objective.zero_terminal_snr: pictures are drawn by the base's own schedule, which does not end at noise alone"
+        found.append(f'{what}; set "rescale_betas_zero_snr": true and "timestep_spacing": "trailing" in its scheduler_config.json')
     return found
 
 

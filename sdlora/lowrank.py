@@ -41,6 +41,7 @@ class Factors(Delta):
     """ΔW = (alpha / rank) · up @ down: down (r, in) or (r, in, k, k); up (out, r) or (out, r, 1, 1); both float32."""
 
     leaves = frozenset({DOWN, UP, "alpha"})
+    fast = ("up",)
 
     def __init__(self, layer: nn.Module, config: Factored, rng: np.random.Generator) -> None:
         super().__init__()

@@ -68,4 +68,7 @@ def _explain(cls: type[Settings], problem: dict[str, Any]) -> str:
     for part in where[:-1]:
         owner = owner.model_fields[part].annotation
         owner = next(iter(get_args(owner)), owner)  # a list of tables: the class of one of them
-    return f"{'.'.join(where)}: no such setting{nearest(where[-1], owner.model_fields)}"
+    tables = {name: info.default for name, info in cls.model_fields.items() if isinstance(info.default, Settings)}
+    moved = [f"{name}.{where[-1]}" for name, table in tables.items() if where[-1] in type(table).model_fields]
+    hint = f"; did you mean {moved[0]}?" if moved else nearest(where[-1], owner.model_fields)
+    return f"{'.'.join(where)}: no such setting{hint}"

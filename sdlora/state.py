@@ -1,6 +1,7 @@
 """Checkpoints: everything that a step depends on beside the settings, as a folder of safetensors and JSON with checksums."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -90,11 +91,13 @@ def _files(progress: Progress, learners: Sequence[Learner]) -> dict[str, bytes]:
         for name, parameter in learner.params.items():
             weights[f"{learner.name}/{name}"] = parameter
             for slot, value in learner.optimizer.state.get(parameter, {}).items():
-                slots[f"{learner.name}/{name}/{slot}"] = torch.as_tensor(value)
+                if isinstance(value, Tensor):
+                    slots[f"{learner.name}/{name}/{slot}"] = value
         averages |= {f"{learner.name}/{name}": average for name, average in learner.ema.items()}
-    files = {}
+    files, numbers = {}, {learner.name: _numbers(learner) for learner in learners}
+    odd = [entry for own in numbers.values() for group in own["groups"] for entry, number in group.items() if not math.isfinite(number)]
     for part, tensors in {"adapter": weights, "optimizer": slots, "ema": averages}.items():
-        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()] + odd * (part == "optimizer")
         if broken:
             what = f"{broken[0]} ({part}) holds a number that is not finite; no checkpoint is written, the last good one stays"
             raise UserError("E-NUM-02", what, f"step {progress.step}", "lower train.lr or set train.precision=fp32, and resume", NUMBERS)
@@ -103,8 +106,23 @@ def _files(progress: Progress, learners: Sequence[Learner]) -> dict[str, bytes]:
             files[f"{part}.safetensors"] = safetensors.torch.save(own)
     device = next(iter(learners[0].params.values())).device
     quarantine = {learner.name: learner.quarantine for learner in learners}
-    state = {"format": 2, **asdict(progress), "quarantine": quarantine, "machine": machine(device)}
+    state = {"format": 2, **asdict(progress), "quarantine": quarantine, "optimizer": numbers, "machine": machine(device)}
     return {**files, "state.json": json.dumps(state, indent=1).encode()}
+
+
+def _numbers(learner: Learner) -> dict[str, Any]:
+    """What the optimizer remembers in plain numbers: of each parameter, and of each group."""
+    slots = {name: learner.optimizer.state.get(parameter, {}) for name, parameter in learner.params.items()}
+    plain = {name: {slot: value for slot, value in own.items() if not isinstance(value, Tensor)} for name, own in slots.items()}
+    groups = [{entry: group[entry] for entry in group["memory"] if entry in group} for group in learner.optimizer.param_groups]
+    return {"parameters": {name: own for name, own in plain.items() if own}, "groups": groups}
+
+
+def _remember(learner: Learner, numbers: dict[str, Any]) -> None:
+    for name, own in numbers.get("parameters", {}).items():
+        learner.optimizer.state[learner.params[name]].update(own)
+    for group, own in zip(learner.optimizer.param_groups, numbers.get("groups", []), strict=False):
+        group.update(own)
 
 
 def steps(run: Path) -> list[int]:
@@ -124,7 +142,10 @@ def restore(run: Path, learners: Sequence[Learner], last: int, only: int = 0) ->
         tensors = {part: safetensors.torch.load(files.get(f"{part}.safetensors", EMPTY)) for part in ("adapter", "optimizer", "ema")}
         for learner in learners:
             _fill(learner, tensors, folder(run, step))
-        return Restored(_read(json.loads(files["state.json"]), learners), damaged, _differences(json.loads(files["state.json"]), learners))
+        written = json.loads(files["state.json"])
+        for learner in learners:
+            _remember(learner, written.get("optimizer", {}).get(learner.name, {}))
+        return Restored(_read(written, learners), damaged, _differences(written, learners))
     return Restored(Progress(), damaged)
 
 

@@ -15,9 +15,9 @@ from sdlora.config import Train
 from sdlora.data.batches import Batch, Prepared, micro_batch
 from sdlora.errors import RESOURCES, UserError
 from sdlora.family import Family
-from sdlora.objective import Noise
-from sdlora.optim import rate, set_rate
-from sdlora.settings import Settings
+from sdlora.objective import Noise, Noised, Noising, miss
+from sdlora.optimizer import set_rate
+from sdlora.schedule import rate
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Learner:
     name: str
     data: Prepared
     params: dict[str, nn.Parameter]
-    optimizer: AcceleratedOptimizer  # around a MaskedAdamW
+    optimizer: AcceleratedOptimizer  # around a `Masked` one
     ema: dict[str, Tensor] = field(default_factory=dict)  # moving average of the parameters, where one is kept
     quarantine: dict[int, int] = field(default_factory=dict)  # pictures that broke steps, and the first step that is without each
 
@@ -39,9 +39,10 @@ class Learner:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """The parameters at their average for a while, if there is one."""
-        now = {name: self.params[name].detach().clone() for name in self.ema}
+        average = self.ema or self.optimizer.optimizer.average(self.params)
+        now = {name: self.params[name].detach().clone() for name in average}
         try:
-            self._set(self.ema)
+            self._set(average)
             yield
         finally:
             self._set(now)
@@ -57,7 +58,7 @@ class Goal:
     """What the network is to say: an objective and its settings."""
 
     noise: Noise
-    config: Settings
+    config: Noising
 
 
 @dataclass
@@ -128,10 +129,10 @@ def _accumulate(setup: Setup, step: int) -> Tensor:
 
 
 def sample_losses(family: Family, bank: Bank, batch: Batch, goal: Goal, learners: int) -> Tensor:
-    """Weighted squared error of each sample (B,), float32; a sample goes through its own learner's adapter."""
+    """Weighted loss of each sample (B,), float32; a sample goes through its own learner's adapter."""
     device = family.device
     text, slot = batch.text.to(device), batch.slot.to(device)
-    noised = goal.noise(batch.latents.to(device), batch.noise.to(device), batch.uniform.to(device), family.alphas_cumprod, goal.config)
+    noised = noised_batch(family, batch, goal)
     target, prior = noised.target, batch.prior.nonzero()[:, 0].to(device)
     if len(prior):
         bank.route = None
@@ -139,7 +140,17 @@ def sample_losses(family: Family, bank: Bank, batch: Batch, goal: Goal, learners
             target = target.index_copy(0, prior, said(family, noised.x[prior], noised.t[prior], text[prior]).to(target.dtype))
     bank.route = Route(torch.ones(1, device=device), slot if learners > 1 else None)
     predicted = said(family, noised.x, noised.t, text).to(target.dtype)
-    return ((predicted - target).square() * batch.weight.to(device)).mean((1, 2, 3)) * noised.weight
+    return (miss(predicted, target, noised.snr, goal.config) * batch.weight.to(device)).mean((1, 2, 3)) * noised.weight
+
+
+def noised_batch(family: Family, batch: Batch, goal: Goal) -> Noised:
+    """A batch as the network gets it; its target knows only the noise that is asked for."""
+    latents, uniform = batch.latents.to(family.device), batch.uniform.to(family.device)
+
+    def under(noise: Tensor) -> Noised:
+        return goal.noise(latents, noise.to(family.device), uniform, family.alphas_cumprod, goal.config)
+
+    return replace(under(batch.noise), x=under(batch.seen).x)
 
 
 def said(family: Family, x: Tensor, t: Tensor, text: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from sdlora import safeio, state
-from sdlora.optim import MaskedAdamW
+from sdlora.optimizer import groups
+from sdlora.optimizers import adamw
 from sdlora.packs import file
 from sdlora.randomness import stream
 from sdlora.safeio import Disk
@@ -270,7 +271,7 @@ class Outcome:
 
 def new_learner() -> Learner:
     params = {name: nn.Parameter(torch.linspace(-1, 1, size)) for name, size in (("up", 6), ("down", 4))}
-    optimizer: Any = MaskedAdamW([{"params": list(params.values()), "lr": 0.05}], fused=True)
+    optimizer: Any = adamw.new(groups([(params, 0.05)]), adamw.Config())
     return Learner("mira", None, params, optimizer)  # type: ignore[arg-type]
 
 

@@ -88,6 +88,9 @@ def test_it_starts_as_it_declares(kind: str, name: str, dtype: torch.dtype) -> N
         assert torch.equal(run(bank, x), y)
     else:
         torch.testing.assert_close(run(bank, x), y, rtol=1e-5, atol=1e-5)
+    fast = bank.fast("a")
+    assert fast <= bank.parameters("a").keys()
+    assert not any(parameter.any() for dotted, parameter in bank.parameters("a").items() if dotted in fast), "they start at zero"
     small.randomise(bank, "a")
     assert not torch.allclose(run(bank, x), y, atol=1e-3), "the control: weights that are not the start do something"
 

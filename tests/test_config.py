@@ -17,7 +17,7 @@ from sdlora.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 ROWS = sorted({row for _, row in defaults.TABLE})
-CONFIGS = [lookup.find(group, name).Config for group in ("adapters", "objectives") for name in lookup.names(group)]
+CONFIGS = [lookup.find(group, name).Config for group in ("adapters", "objectives", "optimizers") for name in lookup.names(group)]
 KINDS = ["character", "style"]
 
 
@@ -34,6 +34,8 @@ KINDS = ["character", "style"]
         ({"adapter": {"rnk": 3}}, "adapter.rnk", "rank"),
         ({"adapter": {"kind": "lora", "target": []}}, "adapter.target", "targets"),
         ({"objective": {"min_snr_gama": 3.0}}, "objective.min_snr_gama", "min_snr_gamma"),
+        ({"optimizer": {"kind": "prodigy", "d_coeff": 2.0}}, "optimizer.d_coeff", "d_coef"),
+        ({"train": {"weight_decay": 0.1}}, "train.weight_decay", "optimizer.weight_decay"),
     ],
 )
 def test_a_misspelt_setting_names_the_right_one(table: dict[str, Any], wrong: str, right: str) -> None:
@@ -102,7 +104,7 @@ def test_plain_names_are_taken(name: str) -> None:
     assert config.parse({"name": name, "trigger": name}).name == name
 
 
-@pytest.mark.parametrize("group", ["adapters", "objectives"])
+@pytest.mark.parametrize("group", ["adapters", "objectives", "optimizers"])
 def test_an_unknown_kind_lists_the_choices(group: str) -> None:
     known = lookup.names(group)
     for kind in (known[0] + "a", "unheard_of", 5):

@@ -49,7 +49,8 @@ def told(events: list[Event], kind: str) -> list[str]:
     return [event.text for event in events if event.kind == kind]
 
 
-SETTINGS = {"plain": {}, "constant": {"train__schedule": "constant", "train__accumulation": 2}, "cosine": {"train__accumulation": 2}}
+SETTINGS = {"plain": {}, "constant": {"train__schedule": "constant", "train__accumulation": 2}, "cosine": {"train__accumulation": 2},
+            "adafactor": {"optimizer__kind": "adafactor"}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def whole(squares: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -
     return {name: folder / name for name in SETTINGS}
 
 
-STOPS = {"plain": [(3,)], "constant": [(1,), (1, 1, 4)], "cosine": [(2,), (6,), (3, 5)]}
+STOPS = {"plain": [(3,)], "constant": [(1,), (1, 1, 4)], "cosine": [(2,), (6,), (3, 5)], "adafactor": [(3,)]}
 
 
 @pytest.mark.parametrize(("name", "stops"), [(name, stops) for name, found in STOPS.items() for stops in found], ids=str)

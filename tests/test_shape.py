@@ -12,14 +12,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "lookup", "settings", "randomness", "safeio", "lock", "stop", "events", "hub", "defaults", "config",
-    "adapter", "lowrank", "family", "objective", "captioner", "families", "adapters", "objectives", "captioners",
-    "devices", "data", "generate", "optim", "packs", "pictures", "score",
+    "adapter", "lowrank", "family", "objective", "optimizer", "captioner",
+    "families", "adapters", "objectives", "optimizers", "captioners",
+    "devices", "data", "generate", "schedule", "packs", "pictures", "score",
     "record", "charts", "report", "trackers",
     "train", "state", "validation", "diagnose", "studio", "preview", "priors", "estimate",
     "course", "job", "api", "terminal", "verbs", "cli",
 ]  # fmt: skip
 """Bottom up; a module imports only from modules before its own."""
-CHOICES = ("families", "adapters", "objectives", "captioners")
+CHOICES = ("families", "adapters", "objectives", "optimizers", "captioners")
 LATE_IMPORTS = {
     ("sdlora.hub", "download"),
     ("sdlora.config", "_is_a_colour"),

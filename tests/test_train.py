@@ -16,8 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdlora import api, devices, family, job, lookup, optim
+from sdlora import api, devices, family, job, lookup, optimizer
 from sdlora.adapter import Bank
+from sdlora.adapters import lora
 from sdlora.config import Run, flat
 from sdlora.data import buckets, cache, ledger
 from sdlora.data.batches import Prepared, micro_batch, picture_of
@@ -26,6 +27,7 @@ from sdlora.data.store import Store
 from sdlora.errors import NUMBERS, UserError
 from sdlora.objective import Noised
 from sdlora.objectives import epsilon
+from sdlora.schedule import rate
 from sdlora.settings import Settings
 from sdlora.train import Goal, Learner, Setup, sample_losses, steps
 
@@ -188,7 +190,7 @@ def test_a_run_whose_numbers_break_ends_with_its_exit_code(pictures: Path, base:
 def test_the_rate_has_its_closed_form(steps: int, warmup: int, pictures: Path, base: Path) -> None:
     for schedule in ("cosine", "constant"):
         train = small.settled(pictures, base, train__steps=steps, train__warmup_steps=warmup, train__schedule=schedule).train
-        rates = [optim.rate(step, train) for step in range(steps + 1)]
+        rates = [rate(step, train) for step in range(steps + 1)]
         assert all(0 < rate <= 1 for rate in rates[:-1])
         for step in range(min(warmup, steps)):
             assert rates[step] == pytest.approx((step + 1) / (warmup + 1))
@@ -205,10 +207,28 @@ def test_each_part_learns_at_its_own_rate(pictures: Path, base: Path, tmp_path: 
     run = small.settled(pictures, base, train__lr=1e-2, train__text_encoder_lr=1e-3)
     learner = cast([run], tmp_path, torch.float32).learners[0]
     for factor in (1.0, 0.25):
-        optim.set_rate(learner.optimizer, factor)
+        optimizer.set_rate(learner.optimizer, factor)
         assert [group["lr"] for group in learner.optimizer.param_groups] == pytest.approx([1e-2 * factor, 1e-3 * factor])
     held = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in learner.params.values()}
+
+
+def test_lora_plus_lets_up_learn_faster(pictures: Path, base: Path, tmp_path: Path) -> None:
+    run = small.settled(pictures, base, train__lr=1e-3, train__text_encoder_lr=1e-4, train__lora_plus_ratio=16.0)
+    learner = cast([run], tmp_path, torch.float32).learners[0]
+    names = {id(p): name for name, p in learner.params.items()}
+    found = {names[id(p)]: group["peak_lr"] for group in learner.optimizer.param_groups for p in group["params"]}
+    assert found.keys() == learner.params.keys()
+    for name, lr in found.items():
+        wanted = (1e-4 if name.startswith("text_encoder") else 1e-3) * (16 if name.endswith(".up") else 1)
+        assert lr == pytest.approx(wanted), name
+
+
+def test_lora_plus_is_refused_where_it_would_do_nothing(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora.Adapter, "fast", ())
+    with pytest.raises(UserError, match=r"E-OPT-03.*lora has no factor"):
+        list(api.train(small.settled(squares, base, train__lora_plus_ratio=16.0), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_rate_of_zero_leaves_the_text_encoder_alone(pictures: Path, base: Path, tmp_path: Path) -> None:
@@ -366,9 +386,9 @@ def test_an_objective_gives_what_the_loss_needs(name: str) -> None:
     uniform = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 1 - 2**-24])
     noised = module.noise(latents, noise, uniform, alphas, module.Config())
     assert noised.x.shape == noised.target.shape == latents.shape
-    assert noised.t.shape == noised.weight.shape == (6,)
+    assert noised.t.shape == noised.weight.shape == noised.snr.shape == (6,)
     assert noised.t.min() >= 0
-    assert noised.t.max() <= 999
+    assert noised.t.max() < 1000
     assert (noised.weight > 0).all()
     one = module.noise(latents[2:3], noise[2:3], uniform[2:3], alphas, module.Config())
     assert torch.equal(one.x[0], noised.x[2]), "a sample's noise does not depend on its batch"
@@ -419,7 +439,8 @@ BY_WEIGHTS: dict[str, Any] = {
     "train.text_encoder_lr": 1e-3,
     "train.schedule": "constant",
     "train.warmup_steps": 0,
-    "train.weight_decay": 0.5,
+    "train.lora_plus_ratio": 4.0,
+    "optimizer.weight_decay": 0.5,
     "train.clip_norm": 1e-3,
     "train.precision": "bf16",
     "train.ema": 0.5,
@@ -455,6 +476,17 @@ ELSEWHERE = {  # which test shows it
     "data.skip_unreadable": "test_data: what is left out is accounted for",
     "adapter.kind": "test_adapter: every kind",
     "objective.kind": "test_train: an objective gives what the loss needs",
+    **dict.fromkeys(
+        [f"objective.{name}" for name in epsilon.Config.model_fields if name not in ("kind", "min_snr_gamma")],
+        "test_objectives: every setting of an objective changes the loss",
+    ),
+    **dict.fromkeys(
+        ["optimizer.kind", *(f"optimizer.{name}" for name in ("beta1", "beta2", "eps"))],
+        "test_optimizers: every setting of an optimizer changes its steps",
+    ),
+    "train.cycles": "test_schedule: schedules have their closed forms",
+    "train.decay_share": "test_schedule: schedules have their closed forms",
+    "train.warmup_share": "test_schedule: a warm-up may be a share of the steps",
     "train.save_every": "test_resume: what may change is said",
     "train.keep_checkpoints": "test_resume: the newest checkpoints are kept",
     "train.log_every": "test_train: the loss is read as often as is set",

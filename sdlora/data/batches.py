@@ -2,13 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sdlora.data import noise
 from sdlora.data.captions import choose
+from sdlora.objective import Noising, placed
 from sdlora.randomness import normal, stream
 
 
@@ -26,6 +28,7 @@ class Prepared:
     prior: Sequence[int]  # rows of `text` on which the base's own prediction is the target
     prior_share: float
     final: Callable[[int, int], Tensor] | None = None  # (picture, sample's number) -> (L,) ids, where captions differ in each sample
+    noising: Noising = field(default_factory=Noising)
 
     def said(self, picture: int, number: int) -> Tensor:
         """The text of a picture in the sample of this number."""
@@ -37,7 +40,8 @@ class Batch:
     """Samples of one shape that go through the network together."""
 
     latents: Tensor  # (B, C, h, w)
-    noise: Tensor  # (B, C, h, w)
+    noise: Tensor  # (B, C, h, w) that the target is made of
+    seen: Tensor  # (B, C, h, w) noise that the network sees
     uniform: Tensor  # (B,) in [0, 1): where in the schedule each sample is noised
     text: Tensor  # (B, L) or (B, L, D)
     slot: Tensor  # (B,) which learner each sample belongs to
@@ -88,7 +92,7 @@ def micro_batch(learners: Sequence[Prepared], numbers: range) -> Iterator[Batch]
     drawn = [_draw(learners[slot], slot, number) for slot, number in samples]
     for shape in dict.fromkeys(row.latents.shape for row in drawn):
         rows = [row for row in drawn if row.latents.shape == shape]
-        yield Batch(**{field.name: torch.stack([getattr(row, field.name) for row in rows]) for field in fields(Batch)})
+        yield Batch(**{one.name: torch.stack([getattr(row, one.name) for row in rows]) for one in fields(Batch)})
 
 
 def _draw(learner: Prepared, slot: int, number: int) -> Batch:
@@ -105,10 +109,13 @@ def _draw(learner: Prepared, slot: int, number: int) -> Batch:
     else:
         text = learner.text[-1] if empty else learner.said(picture, number)
     weight = torch.ones(1, 1, 1) if prior else learner.weights[picture][variant]
+    latents = mean + std * normal(shape, seed, "posterior", number)
+    target, seen = noise.drawn(latents, seed, number, learner.noising)
     return Batch(
-        latents=mean + std * normal(shape, seed, "posterior", number),
-        noise=normal(shape, seed, "noise", number),
-        uniform=torch.tensor(chance[0]),
+        latents=latents,
+        noise=target,
+        seen=seen,
+        uniform=placed(torch.tensor(chance[0]), learner.noising),
         text=text,
         slot=torch.tensor(slot),
         weight=weight.expand(1, *shape[1:]),

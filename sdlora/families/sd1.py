@@ -53,7 +53,10 @@ class SD1(Family):
         nested = hasattr(self.text_encoder, "text_model")
         text = self.text_encoder if nested else nn.ModuleDict({"text_model": self.text_encoder})
         self.components = {"unet": self.unet, "text_encoder": text}
-        self.alphas_cumprod = self.new_scheduler().alphas_cumprod.to(device)
+        scheduler = self.new_scheduler()
+        self.alphas_cumprod = scheduler.alphas_cumprod.to(device)
+        said = str(scheduler.config.prediction_type)
+        self.prediction = "velocity" if said == "v_prediction" else said
         self.most_tokens = int(self.text_encoder.config.max_position_embeddings) - 2  # beside the marks of begin and end
         self.latent_channels = int(self.vae.config.latent_channels)
         self.latent_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)

@@ -14,6 +14,7 @@ from PIL import Image
 from sdlora import lookup
 from sdlora.config import Run
 from sdlora.family import Family
+from sdlora.optimizer import Optimizing
 
 CLOCK = ("modelspec.date", "ss_training_started_at", "ss_training_finished_at")
 """The only fields that two equal runs may differ in."""
@@ -36,8 +37,9 @@ class Facts:
 
 def describe(run: Run, family: Family, facts: Facts, sha256: str) -> dict[str, str]:
     """The header of a pack for a resolved run; every value is a string, as the format wants it."""
-    adapter, train = run.adapter.model_dump(), run.train
+    adapter, objective, train = run.adapter.model_dump(), run.objective.model_dump(), run.train
     side = run.data.resolution_px
+    assert isinstance(run.optimizer, Optimizing)
     fields: dict[str, Any] = {
         **family.architecture(),
         "modelspec.sai_model_spec": "1.0.1",
@@ -46,7 +48,7 @@ def describe(run: Run, family: Family, facts: Facts, sha256: str) -> dict[str, s
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.trigger_phrase": run.trigger,
         "modelspec.usage_hint": f"Say {run.trigger} in the prompt, at scale {facts.recommended_scale:g}.",
-        "modelspec.prediction_type": run.objective.model_dump()["kind"],
+        "modelspec.prediction_type": "v" if objective["kind"] == "velocity" else objective["kind"],
         "modelspec.date": datetime.fromtimestamp(facts.finished_at, UTC).isoformat(timespec="seconds"),
         "modelspec.hash_sha256": f"0x{sha256}",
         "sshs_model_hash": sha256,
@@ -70,8 +72,8 @@ def describe(run: Run, family: Family, facts: Facts, sha256: str) -> dict[str, s
         "ss_lr_warmup_steps": train.warmup_steps,
         "ss_max_grad_norm": train.clip_norm,
         "ss_caption_dropout_rate": run.data.caption_dropout,
-        "ss_min_snr_gamma": run.objective.model_dump().get("min_snr_gamma"),
-        "ss_optimizer": "torch.optim.AdamW",
+        "ss_min_snr_gamma": objective.get("min_snr_gamma"),
+        "ss_optimizer": run.optimizer.known_as,
         "ss_mixed_precision": train.precision,
         "ss_bucket_info": json.dumps({"buckets": _buckets(facts.buckets)}),
         "ss_training_started_at": facts.started_at,
