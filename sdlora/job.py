@@ -25,6 +25,7 @@ from sdlora.data import cache, captions, ledger, masks, store
 from sdlora.data.batches import Prepared
 from sdlora.data.ledger import Dataset
 from sdlora.data.store import Store
+from sdlora.data.variants import frame
 from sdlora.errors import UserError
 from sdlora.events import Event, Log, patiently
 from sdlora.family import Base, Family
@@ -180,7 +181,8 @@ def new_course(job: Job, loaded: Family, bank: Bank, learner: Learner, accelerat
     setup = Setup(loaded, bank, [learner], goal, settled.train, accelerator, at_once)
     said = [captions.final(items[i], settled, 0) for i in job.dataset.held]
     tokens = loaded.tokens([*said, ""])
-    held = [HeldOut(learner.data.latents[i][0][0], tokens[n], items[i].look.digest) for n, i in enumerate(job.dataset.held)]
+    data = learner.data
+    held = [HeldOut(data.latents[i][0][0], tokens[n], data.frames[i][0], items[i].look.digest) for n, i in enumerate(job.dataset.held)]
     names = [job.dataset.account.name(item.path) for item in items]
     return Course(setup, settled, job.out, names, held, state.Progress(at_once=at_once), stop)
 
@@ -219,7 +221,7 @@ def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, 
     data = prepared(job, loaded, latents)
     groups = [
         (bank.parameters(settled.name, "unet."), given(train.lr)),
-        (bank.parameters(settled.name, "text_encoder."), given(train.text_encoder_lr)),
+        (bank.parameters(settled.name, "text_encoder"), given(train.text_encoder_lr)),
     ]
     params = bank.parameters(settled.name)
     ema = {dotted: parameter.detach().clone() for dotted, parameter in params.items()} if train.ema else {}
@@ -245,6 +247,7 @@ def prepared(job: Job, loaded: Family, latents: Latents) -> Prepared:
         given(settled.data.caption_dropout),
         pool=job.dataset.pool,
         rows=[[next(numbers) for _ in said] for said in job.dataset.captions],
+        frames=[[frame(item, one) for one in ways] for item, ways in zip(items, job.dataset.variants, strict=True)],
         weights=loss_weights(job, loaded),
         prior=range(len(said), len(text)),
         prior_share=given(settled.data.prior_share),

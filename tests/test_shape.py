@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "lookup", "settings", "randomness", "safeio", "lock", "stop", "events", "hub", "defaults", "config",
-    "adapter", "family", "objective", "captioner", "families", "adapters", "objectives", "captioners",
+    "adapter", "source", "family", "latent_diffusion", "objective", "captioner", "families", "adapters", "objectives", "captioners",
     "devices", "data", "generate", "optim", "packs", "pictures", "score",
     "record", "charts", "report", "trackers",
     "train", "state", "validation", "diagnose", "studio", "preview", "priors", "estimate",

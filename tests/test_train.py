@@ -298,9 +298,8 @@ def tagged(count: int, seed: int = 0, dropout: float = 0.0) -> Prepared:
     """Data whose latents are the picture's number, without spread, and so are its tokens; the empty caption is -1."""
     latents = [[(torch.full((1, 2, 2), float(i)), torch.zeros(1, 2, 2))] for i in range(count)]
     rows = [[i] for i in range(count)]
-    return Prepared(
-        seed, latents, torch.tensor([*range(count), -1])[:, None], dropout, range(count), rows, [[torch.ones(1, 1, 1)]] * count, [-1], 0.0
-    )
+    text, frames, weights = torch.tensor([*range(count), -1])[:, None], [[torch.zeros(6)]] * count, [[torch.ones(1, 1, 1)]] * count
+    return Prepared(seed, latents, text, dropout, range(count), rows, frames, weights, [-1], 0.0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 7])
