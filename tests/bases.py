@@ -98,10 +98,8 @@ def make_sdxl(folder: Path, deep: bool = False) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(2)
         network = UNet2DConditionModel(sample_size=8, **(SDXL if deep else {**SDXL, "transformer_layers_per_block": (1, 1, 2)}))
-        one, two = (
-            CLIPTextModel(text_config(layers(deep, 12), "quick_gelu")),
-            CLIPTextModelWithProjection(text_config(layers(deep, 32), "gelu")),
-        )
+        one = CLIPTextModel(text_config(layers(deep, 12), "quick_gelu"))
+        two = CLIPTextModelWithProjection(text_config(layers(deep, 32), "gelu"))
         tokenizers = small.new_tokenizer(), small.new_tokenizer("!")
         parts = (autoencoder(0.13025), one, two, *tokenizers, network, schedule(EulerDiscreteScheduler))
         StableDiffusionXLPipeline(*parts).save_pretrained(folder)

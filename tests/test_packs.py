@@ -286,12 +286,9 @@ def test_only_a_true_sd1_is_called_one(loaded: Family, true_size: dict[str, nn.M
     assert not re.search("stable-diffusion|sd_v1|sdxl", " ".join(small_one.values()))
     true_one = SD1.__new__(SD1)
     true_one.unet = true_size["unet"]
-    assert true_one.architecture() == {
-        "modelspec.architecture": "stable-diffusion-v1/lora",
-        "ss_base_model_version": "sd_v1",
-        "ss_v2": "False",
-    }
-    assert small_one.keys() == true_one.architecture().keys()
+    wanted = {"modelspec.architecture": "stable-diffusion-v1/lora", "ss_base_model_version": "sd_v1", "ss_v2": "False"}
+    assert true_one.architecture() == wanted
+    assert small_one.keys() == wanted.keys()
 
 
 # ---------------------------------------------------------------- what is no pack

@@ -61,9 +61,8 @@ def frame(item: Item, variant: Variant) -> Tensor:
     left, upper, right, _ = buckets.taken(item.width, item.height, variant.size, variant.crop)
     scale = variant.size[0] / (right - left)
     aside = item.width - right if variant.flip else left
-    return torch.tensor(
-        [item.height, item.width, *(round(side * scale) for side in (upper, aside)), *variant.size[::-1]], dtype=torch.float32
-    )
+    corner = (round(side * scale) for side in (upper, aside))
+    return torch.tensor([item.height, item.width, *corner, *variant.size[::-1]], dtype=torch.float32)
 
 
 def pixels(picture: Image.Image, variant: Variant) -> Tensor:
