@@ -42,6 +42,7 @@ __all__ = [
     "edit_captions",
     "events",
     "grid",
+    "inspect_base",
     "open_pack",
     "open_studio",
     "override",
@@ -112,6 +113,11 @@ def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:
     return table, lambda: page.page(f"The pictures of {run.name}", table, items, run.data.ground)
 
 
+def inspect_base(name: str) -> dict[str, Any]:
+    """What a base is, and whether all of it is there and sound; `UserError` if it is none that is known."""
+    return family.inspect(family.find(name))
+
+
 def open_pack(path: Path) -> Pack:
     """Read a pack; `UserError` if it is none."""
     return file.load(path)
@@ -180,7 +186,7 @@ def _lasting(run: Run) -> dict[str, Any]:
     for place in [table["data"], *table["data"]["folders"]]:
         if place["folder"]:
             place["folder"] = str(Path(place["folder"]).absolute())
-    if Path(run.base).is_dir() and run.base != "tiny":
+    if Path(run.base).exists() and run.base != "tiny":
         table["base"] = str(Path(run.base).absolute())
     return table
 

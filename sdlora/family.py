@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from sdlora import hub, lookup
 from sdlora.adapter import frozen_layers
 from sdlora.errors import UserError
-from sdlora.source import INDEX, WHOLE, Folder, Source
+from sdlora.ldm import SingleFile
+from sdlora.source import CONVERT, INDEX, PICKLES, WHOLE, Folder, Source
 
 EMBEDDED = Path(__file__).parent / "base"
 FILES = ["model_index.json", "scheduler/*.json", "tokenizer*/*.json", "tokenizer*/*.txt", "text_encoder*/config.json",
          "text_encoder*/*.safetensors", "unet/config.json", "unet/*.safetensors", "vae/config.json", "vae/*.safetensors"]  # fmt: skip
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -109,22 +111,29 @@ class Family(ABC):
 
 
 def find(name: str) -> Base:
-    """The base called `tiny`, in a diffusers folder, or on the hub (downloaded once, kept by huggingface_hub)."""
-    folder = EMBEDDED if name == "tiny" else Path(name)
-    if not folder.is_dir():
-        folder = _download(name)
-    if not (folder / INDEX).is_file():
-        raise UserError(
-            "E-BASE-02", "not a model in diffusers layout: it has no model_index.json", folder, "name such a folder, a hub id, or tiny"
-        )
-    shown = name if name == "tiny" or not Path(name).is_dir() else folder.resolve().name
-    source = Folder(folder)
+    """The base called `tiny`, in a diffusers folder, in one file, or on the hub (downloaded once, kept by huggingface_hub)."""
+    path = EMBEDDED if name == "tiny" else Path(name)
+    if not path.exists():
+        path = _download(name)
+    source = _opened(path)
+    shown = name if name == "tiny" or not Path(name).exists() else path.resolve().name
     for family in lookup.names("families"):
         found = lookup.find("families", family).recognise(source)
         if found:
             return Base(shown, source, family, **found)
     known = ", ".join(lookup.names("families"))
-    raise UserError("E-BASE-03", f"a model of no family that is known here ({known})", folder, "see the README for the bases that work")
+    raise UserError("E-BASE-03", f"a model of no family that is known here ({known})", path, "see the README for the bases that work")
+
+
+def _opened(path: Path) -> Source:
+    if path.suffix in PICKLES and path.is_file():
+        raise UserError("E-BASE-08", "a pickled checkpoint, which can run code and is never opened", path, CONVERT)
+    if path.is_file():
+        return SingleFile(path)
+    if not (path / INDEX).is_file():
+        what = "not a model in diffusers layout: it has no model_index.json"
+        raise UserError("E-BASE-02", what, path, "name such a folder, a .safetensors checkpoint, a hub id, or tiny")
+    return Folder(path)
 
 
 def load(base: Base, device: torch.device, dtype: torch.dtype) -> Family:
@@ -140,6 +149,22 @@ def load(base: Base, device: torch.device, dtype: torch.dtype) -> Family:
         component.requires_grad_(False).eval()
     _check_finite(family)
     return family
+
+
+def inspect(base: Base) -> dict[str, Any]:
+    """What a base is, from its files: all weights are read, so that nothing missing or broken in them goes unnoticed."""
+    found: dict[str, Any] = {"name": base.name, "family": base.family, "size_px": base.size_px, "prediction": base.prediction}
+    try:
+        formats = base.source.precision("unet")
+        loaded = load(base, torch.device("cpu"), DTYPES.get(formats[0], torch.float32) if formats else torch.float32)
+    except UserError as error:
+        return {**found, "complete": False, "problem": str(error)}
+    parts = {}
+    for part in (*loaded.components, "vae"):
+        precision = ", ".join(base.source.precision(part))
+        parameters = sum(p.numel() for p in loaded.parts()[part].parameters())
+        parts[part] = {"parameters": parameters, "precision": precision, "sha256": base.fingerprint(part)}
+    return {**found, "complete": True, "components": parts}
 
 
 def whole_frames(x: Tensor, factor: int) -> Tensor:
@@ -161,9 +186,9 @@ def _download(name: str) -> Path:
     if not hub.is_id(name):
         raise UserError(
             "E-BASE-01",
-            f'no base called "{name}": no such folder, and no hub id (owner/name)',
+            f'no base called "{name}": no such folder or file, and no hub id (owner/name)',
             "base",
-            "use tiny, a diffusers folder, or a hub id",
+            "use tiny, a diffusers folder, a .safetensors checkpoint, or a hub id",
         )
     try:
         return hub.download(name, FILES)

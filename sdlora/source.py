@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ class Source(ABC):
         """SHA-256 of the files that hold a component's weights, so that caches and packs know which weights they belong to."""
 
     @abstractmethod
+    def precision(self, part: str) -> list[str]:
+        """Names of the number formats of a component's weights, as safetensors has them: F16, BF16, F32."""
+
+    @abstractmethod
     def model(self, kind: Any, part: str, dtype: DType) -> Any:
         """A component with all its weights, on the CPU. Raises `UserError` if anything is missing."""
 
@@ -70,22 +74,34 @@ class Folder(Source):
     def model(self, kind: Any, part: str, dtype: DType) -> Any:
         folder = self.path / part
         self._check_class(kind.__name__, part)
-        files = [path for path in sorted(folder.glob("*.safetensors")) if "non_ema" not in path.name]
+        files = self._files(part)
         if not files:
             pickled = next((path for path in sorted(folder.glob("*")) if path.suffix in PICKLES), None)
             if pickled:
                 raise UserError("E-BASE-08", "only pickled weights, which can run code and are never opened", pickled, CONVERT)
             raise UserError("E-BASE-07", f"the weights of its {part} are missing", folder, WHOLE)
-        plain = [path for path in files if f".{VARIANT}" not in path.name]
-        check_precision(part, folder, (one for path in plain or files for one in header(path).values()))
+        check_precision(part, folder, self.precision(part))
         named = "dtype" if issubclass(kind, nn.Module) and kind.__module__.startswith("transformers") else "torch_dtype"
-        options = {named: dtype, "use_safetensors": True, "local_files_only": True, "variant": None if plain else VARIANT}
+        options = {
+            named: dtype,
+            "use_safetensors": True,
+            "local_files_only": True,
+            "variant": VARIANT if f".{VARIANT}" in files[0].name else None,
+        }
         model, told = kind.from_pretrained(str(self.path), subfolder=part, output_loading_info=True, **options)
         check_complete(part, folder, told["missing_keys"])
         return model
 
     def tokenizer(self, part: str) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(str(self.path), subfolder=part, local_files_only=True)
+
+    def precision(self, part: str) -> list[str]:
+        return precisions(one for path in self._files(part) for one in header(path)[0].values())
+
+    def _files(self, part: str) -> list[Path]:
+        """The files that hold a component's weights: of several versions the plain one."""
+        found = [path for path in sorted((self.path / part).glob("*.safetensors")) if "non_ema" not in path.name]
+        return [path for path in found if f".{VARIANT}" not in path.name] or found
 
     def _check_class(self, wanted: str, part: str) -> None:
         config = self.config(part)
@@ -103,16 +119,23 @@ def check_complete(part: str, where: Path, missing: Any) -> None:
         raise UserError("E-BASE-07", f"weights of its {part} are missing: {min(missing)}{more}", where, WHOLE)
 
 
-def check_precision(part: str, where: Path, tensors: Iterator[dict[str, Any]]) -> None:
-    """Raise `UserError` if a component's weights, given as their headers, are of several precisions."""
-    found = sorted({one["dtype"] for one in tensors if one["dtype"].startswith(("F", "BF"))})
+def precisions(tensors: Iterable[dict[str, Any]]) -> list[str]:
+    """The formats of broken numbers among tensors that are given as their headers."""
+    return sorted({one["dtype"] for one in tensors if one["dtype"].startswith(("F", "BF"))})
+
+
+def check_precision(part: str, where: Path, found: Sequence[str]) -> None:
+    """Raise `UserError` if a component's weights are of several precisions."""
     if len(found) > 1:
         what = f"the weights of its {part} are partly {' and partly '.join(found)}: they come from different files"
         raise UserError("E-BASE-11", what, where, "get all of it again from one place")
 
 
-def header(path: Path) -> dict[str, dict[str, Any]]:
-    """dtype, shape and place of each tensor in a safetensors file, by name. Raises `UserError` for what is none, or is cut short."""
+def header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """dtype, shape and place of each tensor in a safetensors file, by name, and its metadata.
+
+    Raises `UserError` for what is no such file, or is cut short.
+    """
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -120,11 +143,11 @@ def header(path: Path) -> dict[str, dict[str, Any]]:
             found: dict[str, dict[str, Any]] = json.loads(file.read(length)) if length < size else {}
     except (OSError, ValueError) as error:
         raise UserError("E-BASE-05", f"these weights cannot be read: {error}", path, WHOLE) from None
-    found.pop("__metadata__", None)
+    said: dict[str, str] = found.pop("__metadata__", {})
     end = max((one["data_offsets"][1] for one in found.values()), default=0)
     if not found or 8 + length + end > size:
         raise UserError("E-BASE-05", "these weights are cut short, or no safetensors file", path, WHOLE)
-    return found
+    return found, said
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """Random bases of the families: every block of the true models, heads and groups as in them, only narrow, and shallow unless asked."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import small
 import torch
 from diffusers import (
@@ -13,7 +16,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 WIDTH = 64
 """The narrowest that heads of 64 and groups of 32 allow."""
@@ -56,8 +61,15 @@ def autoencoder(factor: float) -> AutoencoderKL:
     )  # fmt: skip
 
 
+def new_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    """CLIP's tokenizer without a merge, its tokens in CLIP's order: `!` first, the marks of begin and end last."""
+    letters = sorted(ByteLevel.alphabet())
+    vocab = {word: i for i, word in enumerate([*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocab, merges=[], unk_token="<|endoftext|>", pad_token=pad, model_max_length=small.TOKENS)
+
+
 def text_config(layers: int, act: str, projection: int = 48) -> CLIPTextConfig:
-    tokenizer = small.new_tokenizer()
+    tokenizer = new_tokenizer()
     return CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=layers, num_attention_heads=1,
         max_position_embeddings=small.TOKENS, projection_dim=projection, hidden_act=act, bos_token_id=tokenizer.bos_token_id,
@@ -80,7 +92,7 @@ def make_sd(folder: Path, unet: dict[str, Any], layers: int, act: str, pad: str,
     with torch.random.fork_rng():
         torch.manual_seed(1)
         network, text = UNet2DConditionModel(sample_size=8, **unet), CLIPTextModel(text_config(layers, act))
-        parts = (autoencoder(0.18215), text, small.new_tokenizer(pad), network, schedule(prediction_type=prediction))
+        parts = (autoencoder(0.18215), text, new_tokenizer(pad), network, schedule(prediction_type=prediction))
         StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False).save_pretrained(folder)
     return folder
 
@@ -100,7 +112,110 @@ def make_sdxl(folder: Path, deep: bool = False) -> Path:
         network = UNet2DConditionModel(sample_size=8, **(SDXL if deep else {**SDXL, "transformer_layers_per_block": (1, 1, 2)}))
         one = CLIPTextModel(text_config(layers(deep, 12), "quick_gelu"))
         two = CLIPTextModelWithProjection(text_config(layers(deep, 32), "gelu"))
-        tokenizers = small.new_tokenizer(), small.new_tokenizer("!")
+        tokenizers = new_tokenizer(), new_tokenizer("!")
         parts = (autoencoder(0.13025), one, two, *tokenizers, network, schedule(EulerDiscreteScheduler))
         StableDiffusionXLPipeline(*parts).save_pretrained(folder)
     return folder
+
+
+# ---------------------------------------------------------------- one file
+
+RESIDUAL = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+            "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+
+
+def unet_name(name: str, attended: set[int]) -> str:
+    """The original implementation's name of a UNet's tensor; `attended` are the levels on the way up that have attention."""
+    whole = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "conv_norm_out": "out.0", "time_embedding.linear_1": "time_embed.0",
+             "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+             "add_embedding.linear_2": "label_emb.0.2"}  # fmt: skip
+    stem, _, leaf = name.rpartition(".")
+    if stem in whole:
+        return f"{whole[stem]}.{leaf}"
+    if found := re.fullmatch(r"(down|up)_blocks\.(\d)\.(?:down|up)samplers\.0\.conv\.(.*)", name):
+        level = int(found[2])
+        if found[1] == "down":
+            return f"input_blocks.{3 * (level + 1)}.0.op.{found[3]}"
+        return f"output_blocks.{3 * level + 2}.{2 if level in attended else 1}.conv.{found[3]}"
+    found = re.fullmatch(r"(down_blocks|mid_block|up_blocks)\.(?:(\d)\.)?(resnets|attentions)\.(\d)\.(.*)", name)
+    assert found, name
+    where, level, place, rest = found[1], int(found[2] or 0), int(found[4]), found[5]
+    if found[3] == "resnets":
+        part = next(part for part in RESIDUAL if rest.startswith(part))
+        rest = RESIDUAL[part] + rest.removeprefix(part)
+    inner = int(found[3] == "attentions")
+    if where == "mid_block":
+        return f"middle_block.{1 if inner else 2 * place}.{rest}"
+    block = f"input_blocks.{1 + 3 * level + place}" if where == "down_blocks" else f"output_blocks.{3 * level + place}"
+    return f"{block}.{inner}.{rest}"
+
+
+def vae_name(name: str, levels: int = 4) -> str:
+    """The original implementation's name of an autoencoder's tensor."""
+    name = re.sub(r"up_blocks\.(\d)", lambda found: f"up.{levels - 1 - int(found[1])}", name)
+    for ours, theirs in {
+        "down_blocks.": "down.", ".resnets.": ".block.", "downsamplers.0": "downsample", "upsamplers.0": "upsample",
+        "conv_shortcut": "nin_shortcut", "mid_block.attentions.0": "mid.attn_1", "mid_block.block.0": "mid.block_1",
+        "mid_block.block.1": "mid.block_2", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+        "conv_norm_out": "norm_out",
+    }.items():  # fmt: skip
+        name = name.replace(ours, theirs)
+    return name
+
+
+def open_clip(tensors: dict[str, Tensor], unused: bool) -> dict[str, Tensor]:
+    """A text encoder as OpenCLIP has it, with a last layer that nobody uses where asked."""
+    found: dict[str, Tensor] = {}
+    for full, tensor in tensors.items():
+        name = full.removeprefix("text_model.")
+        if layer := re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)", name):
+            three = [tensors[full.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            found[f"transformer.resblocks.{layer[1]}.attn.in_proj_{layer[2]}"] = torch.cat(three)
+        elif "k_proj" in name or "v_proj" in name:
+            continue
+        elif name.startswith("text_projection"):
+            found["text_projection"] = tensor.T.contiguous()
+        else:
+            for ours, theirs in {
+                "encoder.layers.": "transformer.resblocks.", "layer_norm1": "ln_1", "layer_norm2": "ln_2", "fc1": "c_fc", "fc2": "c_proj",
+                "self_attn": "attn", "final_layer_norm": "ln_final", "embeddings.token_embedding": "token_embedding",
+                "embeddings.position_embedding.weight": "positional_embedding",
+            }.items():  # fmt: skip
+                name = name.replace(ours, theirs)
+            found[name] = tensor
+    last = max(int(name.split(".")[2]) for name in found if name.startswith("transformer."))
+    if unused:
+        found |= {n.replace(f".{last}.", f".{last + 1}.", 1): t + 1 for n, t in found.items() if f"resblocks.{last}." in n}
+    return found
+
+
+def original(unet: Any, vae: Any, text: Any, second: Any = None) -> dict[str, Tensor]:
+    """A model's tensors with the original implementation's names."""
+    attended = {i for i, kind in enumerate(unet.config.up_block_types) if "Attn" in kind}
+    tensors = {f"model.diffusion_model.{unet_name(name, attended)}": tensor for name, tensor in unet.state_dict().items()}
+    for name, tensor in vae.state_dict().items():
+        wide = ".attentions.0.to_" in name and name.endswith("weight")  # convolutions of one pixel, in the original
+        tensors[f"first_stage_model.{vae_name(name)}"] = tensor[:, :, None, None] if wide else tensor
+    if unet.config.use_linear_projection and not second:
+        return tensors | {f"cond_stage_model.model.{name}": tensor for name, tensor in open_clip(text.state_dict(), unused=True).items()}
+    place = "conditioner.embedders.0" if second else "cond_stage_model"
+    for name, tensor in text.state_dict().items():
+        tensors[f"{place}.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
+    if second:
+        tensors |= {f"conditioner.embedders.1.model.{n}": t for n, t in open_clip(second.state_dict(), unused=False).items()}
+    return tensors
+
+
+def single_file(folder: Path, path: Path, marks: tuple[str, ...] = (), **said: str) -> Path:
+    """A base in diffusers layout as one file, with CLIP's vocabulary beside it."""
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    kinds |= {"text_encoder_2": CLIPTextModelWithProjection} if (folder / "text_encoder_2").is_dir() else {}
+    tensors = original(*(kind.from_pretrained(folder, subfolder=part) for part, kind in kinds.items()))
+    tensors |= {mark: torch.ones(1) for mark in marks}
+    path.parent.mkdir(exist_ok=True)
+    safetensors.torch.save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, said)
+    beside = path.parent / "tokenizer"
+    beside.mkdir(exist_ok=True)
+    (beside / "vocab.json").write_text(json.dumps(new_tokenizer().get_vocab()))
+    (beside / "merges.txt").write_text("#version: 0.2\n")
+    return path

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "lookup", "settings", "randomness", "safeio", "lock", "stop", "events", "hub", "defaults", "config",
-    "adapter", "source", "family", "latent_diffusion", "objective", "captioner", "families", "adapters", "objectives", "captioners",
+    "adapter", "source", "ldm", "family", "latent_diffusion", "objective", "captioner", "families", "adapters", "objectives", "captioners",
     "devices", "data", "generate", "optim", "packs", "pictures", "score",
     "record", "charts", "report", "trackers",
     "train", "state", "validation", "diagnose", "studio", "preview", "priors", "estimate",
@@ -22,6 +22,7 @@ LAYERS = [
 CHOICES = ("families", "adapters", "objectives", "captioners")
 LATE_IMPORTS = {
     ("sdlora.hub", "download"),
+    ("sdlora.hub", "kept"),
     ("sdlora.config", "_is_a_colour"),
     ("sdlora.config", "_are_known"),
     ("sdlora.lock", "_lock"),
