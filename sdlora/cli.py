@@ -26,9 +26,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(run.app, name="run")
 app.add_typer(bases.app, name="base")
-TINY = (
-    "tiny, the embedded base, draws 64 px icons, to show that all works. For real pictures name a Stable Diffusion 1.x model with --base."
-)
+TINY = "tiny, the embedded base, draws 64 px icons, to show that all works. For real pictures name a Stable Diffusion model with --base."
 
 Packs = Annotated[Optional[list[str]], typer.Argument(help="packs to use, each PACK or PACK:SCALE", metavar="[PACK[:SCALE]]...")]
 Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=C", help="set one setting; may be repeated")]

@@ -66,7 +66,7 @@ class Folder(Source):
 
     def fingerprint(self, part: str) -> str:
         digest = hashlib.sha256()
-        for path in sorted((self.path / part).glob("*.safetensors")):
+        for path in self._files(part):
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()

@@ -21,6 +21,7 @@ from sdlora.data.buckets import Crop, pixels_of
 from sdlora.data.looks import look
 from sdlora.data.scan import Item
 from sdlora.data.variants import Variant, frame
+from sdlora.errors import UserError
 from sdlora.families.sd2 import SD2
 from sdlora.families.sdxl import SDXL
 from sdlora.family import whole_frames
@@ -208,6 +209,16 @@ def test_diffusers_opens_the_pack_and_draws_our_picture(
     folders: dict[str, Path], studios: dict[str, Studio], tmp_path: Path, name: str
 ) -> None:
     agree_with_diffusers(folders[name], studios[name], tmp_path)
+
+
+def test_a_pack_of_one_family_is_refused_by_the_others(studios: dict[str, Studio], pack_path: Path, tmp_path: Path) -> None:
+    packs = {name: small.random_pack(tmp_path / f"{name}.safetensors", studio.family) for name, studio in studios.items()}
+    for name, path in {**packs, "sd1": pack_path}.items():
+        for other, studio in studios.items():
+            if other != name:
+                with pytest.raises(UserError, match=r"E-PACK-0[46]"):
+                    studio.add(file.load(path))
+                assert studio.bank.adapters == []
 
 
 # ---------------------------------------------------------------- training
