@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,9 @@ def make_sdxl(folder: Path, deep: bool = False) -> Path:
         parts = (autoencoder(0.13025), one, two, *tokenizers, network, schedule(EulerDiscreteScheduler))
         StableDiffusionXLPipeline(*parts).save_pretrained(folder)
     return folder
+
+
+MAKERS: dict[str, Callable[..., Path]] = {"sd1": make_sd1, "sd2": make_sd2, "sdxl": make_sdxl}
 
 
 # ---------------------------------------------------------------- one file

@@ -35,21 +35,14 @@ def loaded(path: Path) -> Family:
 # ---------------------------------------------------------------- one file
 
 
-def file_of(make: Callable[..., Path], folder: Path, **said: str) -> tuple[Path, Path]:
-    """A base as a folder, and as one file."""
-    base = make(folder / "base")
-    return base, bases.single_file(base, folder / "one" / "model.safetensors", **said)
-
-
-MAKERS = {"sd1": bases.make_sd1, "sd2": bases.make_sd2, "sdxl": bases.make_sdxl}
-
-
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    return {name: file_of(make, tmp_path_factory.mktemp(name), **PX) for name, make in MAKERS.items()}
+def pairs(families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Each base as a folder, and as one file."""
+    made = tmp_path_factory.mktemp("files")
+    return {name: (folder, bases.single_file(folder, made / name / "model.safetensors", **PX)) for name, folder in families.items()}
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", bases.MAKERS)
 def test_one_file_is_the_folder_it_was_made_of(pairs: dict[str, tuple[Path, Path]], name: str) -> None:
     folder, path = pairs[name]
     a, b = family.find(str(folder)), family.find(str(path))

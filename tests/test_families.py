@@ -1,7 +1,6 @@
 """Stable Diffusion 2 and XL: recognised, named, trained, packed and drawn as other programs do it."""
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +28,19 @@ from sdlora.packs import file, keys
 from sdlora.packs.metadata import CLOCK
 from sdlora.studio import Studio
 
-MAKERS: dict[str, Callable[..., Path]] = {"sd2": bases.make_sd2, "sdxl": bases.make_sdxl}
+NEW = ("sd2", "sdxl")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: make(tmp_path_factory.mktemp("bases") / f"small-{name}") for name, make in MAKERS.items()}
-
-
-@pytest.fixture(scope="module")
-def studios(folders: dict[str, Path]) -> dict[str, Studio]:
-    return {name: Studio.open(family.find(str(folder)), torch.float32) for name, folder in folders.items()}
+def studios(families: dict[str, Path]) -> dict[str, Studio]:
+    return {name: Studio.open(family.find(str(families[name])), torch.float32) for name in NEW}
 
 
 # ---------------------------------------------------------------- what is what
 
 
-def test_each_base_is_of_its_family(folders: dict[str, Path], sd15_base: Path) -> None:
-    found = {name: family.find(str(folder)) for name, folder in {**folders, "sd1": sd15_base}.items()}
+def test_each_base_is_of_its_family(families: dict[str, Path], sd15_base: Path) -> None:
+    found = {name: family.find(str(folder)) for name, folder in {**families, "sd1": sd15_base}.items()}
     assert {name: one.family for name, one in found.items()} == {name: name for name in found}
     assert {name: one.prediction for name, one in found.items()} == {"sd1": "epsilon", "sd2": "v_prediction", "sdxl": "epsilon"}
     assert {name: one.row for name, one in found.items()} == {name: name for name in found}
@@ -124,10 +118,10 @@ def test_presets_on_xl(true_xl: dict[str, nn.Module], preset: str, count: int) -
     assert len(choose_sites(layers_of(true_xl), [preset], SDXL.presets)) == count
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", NEW)
 @pytest.mark.parametrize("kind", ["character", "style"])
-def test_usual_settings_are_complete(folders: dict[str, Path], studios: dict[str, Studio], pictures: Path, name: str, kind: str) -> None:
-    run = api.settle({"base": str(folders[name]), "kind": kind, "name": "mira", "data": {"folder": str(pictures)}})
+def test_usual_settings_are_complete(families: dict[str, Path], studios: dict[str, Studio], pictures: Path, name: str, kind: str) -> None:
+    run = api.settle({"base": str(families[name]), "kind": kind, "name": "mira", "data": {"folder": str(pictures)}})
     parts = [dotted.partition(".")[0] for dotted in job.sites(run, studios[name].family)]
     assert run.train.lr == 1e-4
     assert parts.count("unet") == {"sd2character": 64, "sd2style": 128}.get(name + kind, 8 * (2 + 4 + 2 + 6 + 3))
@@ -204,11 +198,11 @@ def agree_with_diffusers(folder: Path, studio: Studio, tmp_path: Path) -> None:
     assert (after - before).abs().max() > 1e-2, "the control: the pack changes the picture"
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", NEW)
 def test_diffusers_opens_the_pack_and_draws_our_picture(
-    folders: dict[str, Path], studios: dict[str, Studio], tmp_path: Path, name: str
+    families: dict[str, Path], studios: dict[str, Studio], tmp_path: Path, name: str
 ) -> None:
-    agree_with_diffusers(folders[name], studios[name], tmp_path)
+    agree_with_diffusers(families[name], studios[name], tmp_path)
 
 
 def test_a_pack_of_one_family_is_refused_by_the_others(studios: dict[str, Studio], pack_path: Path, tmp_path: Path) -> None:
@@ -264,18 +258,17 @@ def same(one: Path, other: Path) -> None:
     assert {key for key in a.metadata if a.metadata[key] != b.metadata[key]} <= set(CLOCK)
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_a_run_goes_on_as_if_never_stopped(folders: dict[str, Path], squares: Path, tmp_path: Path, name: str) -> None:
-    run = small.settled(squares, folders[name], **settings(4, 2))
+def test_a_run_goes_on_as_if_never_stopped(families: dict[str, Path], squares: Path, tmp_path: Path) -> None:
+    run = small.settled(squares, families["sdxl"], **settings(4, 2))
     list(api.train(run, tmp_path / "whole"))
     stopped_and_resumed(run, tmp_path / "parts", 3)
     same(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", NEW)
 def test_a_base_of_true_depth_learns(squares: Path, tmp_path: Path, name: str) -> None:
-    folder = MAKERS[name](tmp_path / "deep", deep=True)
+    folder = bases.MAKERS[name](tmp_path / "deep", deep=True)
     run = small.settled(squares, folder, **settings(20, 7))
     list(api.train(run, tmp_path / "whole"))
     studio = Studio.open(family.find(str(folder)), torch.float32)
