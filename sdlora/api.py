@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdlora import config, estimate, family, job, pictures, priors, record, safeio, settings
+from sdlora import config, estimate, family, job, lookup, pictures, priors, record, safeio, settings
 from sdlora.config import Run
 from sdlora.data import captioning, edits, ledger, page, store
 from sdlora.data.captioning import Captioning
@@ -42,6 +42,7 @@ __all__ = [
     "edit_captions",
     "events",
     "grid",
+    "inspect_base",
     "open_pack",
     "open_studio",
     "override",
@@ -73,8 +74,10 @@ def settle(table: dict[str, Any], source: object = "") -> Run:
         run = config.parse({**table, "name": _name_of(Path(run.data.sources[0].folder))}, source)
     if not run.name:
         raise UserError("E-CONF-07", "the run has no name, and no folder to take one from", "name", "add --name NAME")
-    row = family.find(run.base).row
-    return config.resolve(config.parse(_lasting(run)), row)
+    base = family.find(run.base)
+    if "kind" not in table.get("objective", {}) and base.prediction in lookup.names("objectives"):
+        run = config.parse({**_lasting(run), "objective": {**table.get("objective", {}), "kind": base.prediction}}, source)
+    return config.resolve(config.parse(_lasting(run)), base.row)
 
 
 def train(run: Run, out: Path, stop: Stop | None = None) -> Iterator[Event]:
@@ -110,6 +113,11 @@ def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:
     account = dataset.account
     items = [(account.name(item.path), item) for item in account.used]
     return table, lambda: page.page(f"The pictures of {run.name}", table, items, run.data.ground)
+
+
+def inspect_base(name: str) -> dict[str, Any]:
+    """What a base is, and whether all of it is there and sound; `UserError` if it is none that is known."""
+    return family.inspect(family.find(name))
 
 
 def open_pack(path: Path) -> Pack:
@@ -180,7 +188,7 @@ def _lasting(run: Run) -> dict[str, Any]:
     for place in [table["data"], *table["data"]["folders"]]:
         if place["folder"]:
             place["folder"] = str(Path(place["folder"]).absolute())
-    if Path(run.base).is_dir() and run.base != "tiny":
+    if Path(run.base).exists() and run.base != "tiny":
         table["base"] = str(Path(run.base).absolute())
     return table
 

@@ -11,6 +11,7 @@ import typer
 
 from sdlora.errors import UserError
 from sdlora.terminal import console, progress, say, show, shown_errors
+from sdlora.verbs import base as bases
 from sdlora.verbs import data, run
 
 if TYPE_CHECKING:  # torch takes seconds to import: `sdlora --help` must not
@@ -24,21 +25,21 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(run.app, name="run")
-TINY = (
-    "tiny, the embedded base, draws 64 px icons, to show that all works. For real pictures name a Stable Diffusion 1.x model with --base."
-)
+app.add_typer(bases.app, name="base")
+TINY = "tiny, the embedded base, draws 64 px icons, to show that all works. For real pictures name a Stable Diffusion model with --base."
 
 Packs = Annotated[Optional[list[str]], typer.Argument(help="packs to use, each PACK or PACK:SCALE", metavar="[PACK[:SCALE]]...")]
 Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=C", help="set one setting; may be repeated")]
 Config = Annotated[Optional[Path], typer.Option(help="TOML file of settings")]
-Base = Annotated[str, typer.Option(help="tiny, a diffusers folder, or a hub id; default: the pack's own, else tiny")]
+BASES = "tiny, a diffusers folder, a .safetensors checkpoint, or a hub id"
+Base = Annotated[str, typer.Option(help=f"{BASES}; default: the pack's own, else tiny")]
 
 
 @app.command()
 def train(
     folder: Annotated[Optional[str], typer.Argument(help="folder with the pictures", metavar="[DIR]")] = None,
     name: Annotated[str, typer.Option(help="name of the pack, and the word that calls it up")] = "",
-    base: Annotated[str, typer.Option(help="tiny, a diffusers folder, or a hub id")] = "",
+    base: Annotated[str, typer.Option(help=BASES)] = "",
     kind: Annotated[str, typer.Option(help="character or style")] = "",
     config: Config = None,
     set_: Set = None,
@@ -189,7 +190,7 @@ def follow(settled: "Run", out: Path) -> None:
     say(f"pack: {pack}")
     if settled.preview.scales:
         say(f"look: {out / 'strip.png'}")
-    where = ["--base", settled.base] if Path(settled.base).is_dir() and not tiny else []
+    where = ["--base", settled.base] if Path(settled.base).exists() and not tiny else []
     words = [
         "sdlora",
         "generate",

@@ -167,7 +167,7 @@ class Run(Settings):
     kind: Literal["character", "style"] = "character"
     """What is learnt; settles captions and defaults."""
     base: str = "tiny"
-    """Base model: `tiny` (the embedded one), a diffusers folder, or a hub id."""
+    """Base model: `tiny` (the embedded one), a diffusers folder, a `.safetensors` checkpoint, or a hub id."""
     trigger: str = ""
     """Word that calls the character or style up in a prompt; empty: the name."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -79,7 +79,8 @@ def _others(setup: Setup, slot: int, samples: Sequence[Sample]) -> Iterator[Samp
     shape = samples[0].batch.latents.shape[1:]
     fitting = [p for p in dict.fromkeys(data.pool) if p not in seen and data.latents[p][0][0].shape == shape]
     for picture in fitting[:OTHERS]:
-        changed = {"latents": data.latents[picture][0][0][None], "text": data.text[data.rows[picture][0]][None]}
+        text, frame = data.text[data.rows[picture][0]], data.frames[picture][0]
+        changed = {"latents": data.latents[picture][0][0][None], "text": text[None], "frame": frame[None]}
         yield Sample(picture, replace(samples[0].batch, **changed))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdlora import devices, lookup
 from sdlora.adapter import Bank
@@ -38,7 +38,7 @@ def memory(run: Run, family: Family, names: Sequence[str], sizes: Sequence[Size]
     dtype = devices.chosen(run.train.precision or "auto")[1]
     bank = Bank(family.components)
     kind = lookup.find("adapters", run.adapter.model_dump()["kind"])
-    frozen = {id(p): p for module in vars(family).values() if isinstance(module, nn.Module) for p in module.parameters()}
+    frozen = {id(p): p for module in family.parts().values() for p in module.parameters()}
     inner = {id(p): p for module in family.components.values() for p in module.parameters()}
     bank.add(run.name, kind, run.adapter, names, lambda dotted: stream(run.seed, f"init/{dotted}"))
     try:
@@ -90,7 +90,7 @@ def pace_name(run: Run, family: Family) -> str:
     """Name of the entry that holds the seconds of a step: from all that they depend on and that is known before."""
     device, dtype = devices.chosen(run.train.precision or "auto")
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.node()} {torch.get_num_threads()}"
-    layout = [(family.base.folder / part / "config.json").read_text("utf-8") for part in family.components]
+    layout = [family.base.source.config(part) for part in family.components]
     kind: list[Any] = [run.adapter.model_dump(), run.train.batch_size, run.train.accumulation, run.train.text_encoder_lr == 0]
     kind += [run.data.resolution_px, run.data.prior_share]
     said = json.dumps([layout, kind, machine, device.type, str(dtype)])

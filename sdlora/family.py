@@ -1,7 +1,5 @@
 """The contract of a model family, and how a base is found by name, folder or hub id."""
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +9,19 @@ from typing import Any, ClassVar
 import diffusers
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sdlora import hub, lookup
 from sdlora.adapter import frozen_layers
 from sdlora.errors import UserError
+from sdlora.ldm import SingleFile
+from sdlora.source import CONVERT, INDEX, PICKLES, WHOLE, Folder, Source
 
 EMBEDDED = Path(__file__).parent / "base"
 FILES = ["model_index.json", "scheduler/*.json", "tokenizer*/*.json", "tokenizer*/*.txt", "text_encoder*/config.json",
          "text_encoder*/*.safetensors", "unet/config.json", "unet/*.safetensors", "vae/config.json", "vae/*.safetensors"]  # fmt: skip
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -27,18 +29,15 @@ class Base:
     """A base model that was found and recognised; no weights are read yet."""
 
     name: str  # "tiny", the folder's name or the hub id
-    folder: Path
+    source: Source
     family: str
     row: str  # row of the table of defaults
     size_px: int  # side of the square it was trained on
+    prediction: str  # what the network says, by the name of its objective: epsilon, velocity
 
     def fingerprint(self, component: str) -> str:
         """SHA-256 of a component's weight files, so that caches and packs know which weights they belong to."""
-        digest = hashlib.sha256()
-        for path in sorted((self.folder / component).glob("*.safetensors")):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+        return self.source.fingerprint(component)
 
 
 class Family(ABC):
@@ -47,7 +46,7 @@ class Family(ABC):
     presets: ClassVar[Mapping[str, Sequence[str]]]
     """Names of `adapter.targets` and the layer patterns they stand for."""
     prefixes: ClassVar[Mapping[str, str]]
-    """Prefix of each component's keys in a kohya pack."""
+    """What the beginnings of layer names become in the keys of a kohya pack; of those that fit a layer the longest counts."""
     base: Base
     components: dict[str, nn.Module]
     """What adapters may sit on, frozen; layer names inside a component are those that packs use."""
@@ -85,11 +84,15 @@ class Family(ABC):
 
     @abstractmethod
     def states(self, tokens: Tensor) -> Tensor:
-        """What the network attends to: (B, L) -> (B, L, D)."""
+        """All that the network is told of the texts: (B, L) -> (B, S, D), in whose rows only `predict` looks."""
 
     @abstractmethod
-    def predict(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
-        """The network's word on noised latents x (B, C, h, w) at timesteps t (B,)."""
+    def predict(self, x: Tensor, t: Tensor, states: Tensor, frame: Tensor | None = None) -> Tensor:
+        """The network's word on noised latents x (B, C, h, w) at timesteps t (B,).
+
+        `frame` (B, 6) says in px of what pictures they are cut: height and width before any scaling, top and left of the cut and its
+        height and width after it. None: each is a whole picture of its own size.
+        """
 
     @abstractmethod
     def new_scheduler(self) -> Any:
@@ -99,28 +102,40 @@ class Family(ABC):
     def architecture(self) -> dict[str, str]:
         """Metadata fields that tell other programs what a pack for this base is; never another model's."""
 
+    def parts(self) -> dict[str, nn.Module]:
+        """All that was loaded of the base."""
+        held = {name: module for name, module in vars(self).items() if isinstance(module, nn.Module)}
+        return {**held, **self.components}
+
     def layers(self) -> dict[str, nn.Module]:
         """Every frozen layer by its full name, component first, whether or not adapters sit on it."""
         return frozen_layers(self.components)
 
 
 def find(name: str) -> Base:
-    """The base called `tiny`, in a diffusers folder, or on the hub (downloaded once, kept by huggingface_hub)."""
-    folder = EMBEDDED if name == "tiny" else Path(name)
-    if not folder.is_dir():
-        folder = _download(name)
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise UserError(
-            "E-BASE-02", "not a model in diffusers layout: it has no model_index.json", folder, "name such a folder, a hub id, or tiny"
-        )
-    shown = name if name == "tiny" or not Path(name).is_dir() else folder.resolve().name
+    """The base called `tiny`, in a diffusers folder, in one file, or on the hub (downloaded once, kept by huggingface_hub)."""
+    path = EMBEDDED if name == "tiny" else Path(name)
+    if not path.exists():
+        path = _download(name)
+    source = _opened(path)
+    shown = name if name == "tiny" or not Path(name).exists() else path.resolve().name
     for family in lookup.names("families"):
-        found = lookup.find("families", family).recognise(folder)
+        found = lookup.find("families", family).recognise(source)
         if found:
-            return Base(shown, folder, family, **found)
+            return Base(shown, source, family, **found)
     known = ", ".join(lookup.names("families"))
-    raise UserError("E-BASE-03", f"a model of no family that is known here ({known})", folder, "see the README for the bases that work")
+    raise UserError("E-BASE-03", f"a model of no family that is known here ({known})", path, "see the README for the bases that work")
+
+
+def _opened(path: Path) -> Source:
+    if path.suffix in PICKLES and path.is_file():
+        raise UserError("E-BASE-08", "a pickled checkpoint, which can run code and is never opened", path, CONVERT)
+    if path.is_file():
+        return SingleFile(path)
+    if not (path / INDEX).is_file():
+        what = "not a model in diffusers layout: it has no model_index.json"
+        raise UserError("E-BASE-02", what, path, "name such a folder, a .safetensors checkpoint, a hub id, or tiny")
+    return Folder(path)
 
 
 def load(base: Base, device: torch.device, dtype: torch.dtype) -> Family:
@@ -129,34 +144,53 @@ def load(base: Base, device: torch.device, dtype: torch.dtype) -> Family:
         library.disable_progress_bar()
     try:
         family: Family = lookup.find("families", base.family).load(base, device, dtype)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, ArithmeticError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            "E-BASE-04", f"this model cannot be loaded: {reason}", base.folder, "check that its download is complete"
-        ) from error
+        raise UserError("E-BASE-04", f"this model cannot be loaded: {reason}", base.source.path, WHOLE) from error
     for component in family.components.values():
         component.requires_grad_(False).eval()
+    _check_finite(family)
     return family
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A config file of a base."""
+def inspect(base: Base) -> dict[str, Any]:
+    """What a base is, from its files: all weights are read, so that nothing missing or broken in them goes unnoticed."""
+    found: dict[str, Any] = {"name": base.name, "family": base.family, "size_px": base.size_px, "prediction": base.prediction}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError("E-BASE-05", f"this model's config cannot be read: {error}", path, "check that its download is complete") from None
-    if not isinstance(value, dict):
-        raise UserError("E-BASE-05", "this model's config is no JSON object", path, "check that its download is complete")
-    return value
+        formats = base.source.precision("unet")
+        loaded = load(base, torch.device("cpu"), DTYPES.get(formats[0], torch.float32) if formats else torch.float32)
+    except UserError as error:
+        return {**found, "complete": False, "problem": str(error)}
+    parts = {}
+    for part in (*loaded.components, "vae"):
+        precision = ", ".join(base.source.precision(part))
+        parameters = sum(p.numel() for p in loaded.parts()[part].parameters())
+        parts[part] = {"parameters": parameters, "precision": precision, "sha256": base.fingerprint(part)}
+    return {**found, "complete": True, "components": parts}
+
+
+def whole_frames(x: Tensor, factor: int) -> Tensor:
+    """`frame` of latents (B, C, h, w) that are whole pictures."""
+    height, width = (side * factor for side in x.shape[2:])
+    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=x.device).expand(len(x), -1)
+
+
+def _check_finite(family: Family) -> None:
+    named = [(f"{part}.{name}", p) for part, module in family.parts().items() for name, p in module.named_parameters()]
+    finite = torch.stack([parameter.isfinite().all() for _, parameter in named]).tolist()
+    broken = [name for (name, _), good in zip(named, finite, strict=True) if not good]
+    if broken:
+        what = f"{len(broken)} of its {len(named)} tensors hold numbers that are not finite, or not in this precision: {broken[0]}"
+        raise UserError("E-BASE-13", what, family.base.source.path, "get the model again; or set train.precision to fp32")
 
 
 def _download(name: str) -> Path:
     if not hub.is_id(name):
         raise UserError(
             "E-BASE-01",
-            f'no base called "{name}": no such folder, and no hub id (owner/name)',
+            f'no base called "{name}": no such folder or file, and no hub id (owner/name)',
             "base",
-            "use tiny, a diffusers folder, or a hub id",
+            "use tiny, a diffusers folder, a .safetensors checkpoint, or a hub id",
         )
     try:
         return hub.download(name, FILES)

@@ -14,6 +14,14 @@ def is_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
+def kept(name: str, file: str) -> Path | None:
+    """A model's file, if it was downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, file)
+    return Path(found) if isinstance(found, str) else None
+
+
 def download(name: str, files: Sequence[str]) -> Path:
     """The folder that holds those files of a model, which may be patterns. Raises `UnreachableError`."""
     from huggingface_hub import snapshot_download

@@ -25,6 +25,7 @@ from sdlora.data import cache, captions, ledger, masks, store
 from sdlora.data.batches import Prepared
 from sdlora.data.ledger import Dataset
 from sdlora.data.store import Store
+from sdlora.data.variants import frame
 from sdlora.errors import UserError
 from sdlora.events import Event, Log, patiently
 from sdlora.family import Base, Family
@@ -137,7 +138,7 @@ def check_objective(settled: Run, loaded: Family) -> None:
     if kind != loaded.prediction:
         what = f"the base predicts {loaded.prediction} and the objective is {kind}: its pictures would be noise"
         todo = f"set objective.kind={loaded.prediction}" if loaded.prediction in lookup.names("objectives") else "choose another base"
-        raise UserError("E-OBJ-01", what, loaded.base.folder, todo)
+        raise UserError("E-OBJ-01", what, loaded.base.name, todo)
 
 
 def check_optimizer(settled: Run) -> None:
@@ -207,7 +208,8 @@ def new_course(job: Job, loaded: Family, bank: Bank, learner: Learner, accelerat
     setup = Setup(loaded, bank, [learner], goal, settled.train, accelerator, at_once)
     said = [captions.final(items[i], settled, 0) for i in job.dataset.held]
     tokens = loaded.tokens([*said, ""])
-    held = [HeldOut(learner.data.latents[i][0][0], tokens[n], items[i].look.digest) for n, i in enumerate(job.dataset.held)]
+    data = learner.data
+    held = [HeldOut(data.latents[i][0][0], tokens[n], data.frames[i][0], items[i].look.digest) for n, i in enumerate(job.dataset.held)]
     names = [job.dataset.account.name(item.path) for item in items]
     return Course(setup, settled, job.out, names, held, state.Progress(at_once=at_once, dataset=job.dataset.digest), stop)
 
@@ -249,7 +251,7 @@ def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, 
     kind = lookup.find("adapters", settled.adapter.model_dump()["kind"])
     bank.add(settled.name, kind, settled.adapter, job.names, lambda dotted: stream(settled.seed, f"init/{dotted}"))
     data = prepared(job, loaded, latents)
-    rates, fast = {"unet.": given(train.lr), "text_encoder.": given(train.text_encoder_lr)}, bank.fast(settled.name)
+    rates, fast = {"unet.": given(train.lr), "text_encoder": given(train.text_encoder_lr)}, bank.fast(settled.name)
     halves = [faster(bank.parameters(settled.name, part), lr, fast, train.lora_plus_ratio) for part, lr in rates.items()]
     params = bank.parameters(settled.name)
     ema = {dotted: parameter.detach().clone() for dotted, parameter in params.items()} if train.ema else {}
@@ -277,6 +279,7 @@ def prepared(job: Job, loaded: Family, latents: Latents) -> Prepared:
         given(settled.data.caption_dropout),
         pool=job.dataset.pool,
         rows=[[next(numbers) for _ in said] for said in job.dataset.captions],
+        frames=[[frame(item, one) for one in ways] for item, ways in zip(items, job.dataset.variants, strict=True)],
         weights=loss_weights(job, loaded),
         prior=range(len(said), len(text)),
         prior_share=given(settled.data.prior_share),

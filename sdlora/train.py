@@ -131,15 +131,16 @@ def _accumulate(setup: Setup, step: int) -> Tensor:
 def sample_losses(family: Family, bank: Bank, batch: Batch, goal: Goal, learners: int) -> Tensor:
     """Weighted loss of each sample (B,), float32; a sample goes through its own learner's adapter."""
     device = family.device
-    text, slot = batch.text.to(device), batch.slot.to(device)
+    text, frame, slot = batch.text.to(device), batch.frame.to(device), batch.slot.to(device)
     noised = noised_batch(family, batch, goal)
     target, prior = noised.target, batch.prior.nonzero()[:, 0].to(device)
     if len(prior):
         bank.route = None
         with torch.no_grad():
-            target = target.index_copy(0, prior, said(family, noised.x[prior], noised.t[prior], text[prior]).to(target.dtype))
+            base = said(family, noised.x[prior], noised.t[prior], text[prior], frame[prior])
+            target = target.index_copy(0, prior, base.to(target.dtype))
     bank.route = Route(torch.ones(1, device=device), slot if learners > 1 else None)
-    predicted = said(family, noised.x, noised.t, text).to(target.dtype)
+    predicted = said(family, noised.x, noised.t, text, frame).to(target.dtype)
     return (miss(predicted, target, noised.snr, goal.config) * batch.weight.to(device)).mean((1, 2, 3)) * noised.weight
 
 
@@ -153,9 +154,9 @@ def noised_batch(family: Family, batch: Batch, goal: Goal) -> Noised:
     return replace(under(batch.noise), x=under(batch.seen).x)
 
 
-def said(family: Family, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+def said(family: Family, x: Tensor, t: Tensor, text: Tensor, frame: Tensor) -> Tensor:
     """The network's word under the bank's route; `text` is token ids, or states that no adapter changes."""
-    return family.predict(x, t, text if text.is_floating_point() else family.states(text))
+    return family.predict(x, t, text if text.is_floating_point() else family.states(text), frame)
 
 
 def update(learner: Learner, step: int, train: Train, accelerator: Accelerator, loss: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ class HeldOut:
 
     latents: Tensor  # (C, h, w), the posterior's mean
     tokens: Tensor  # (L,) of its caption
+    frame: Tensor  # (6,) of the picture
     digest: str  # of its pixels: its noise is a function of it
 
 
@@ -45,5 +46,6 @@ def _errors(setup: Setup, rows: Sequence[tuple[HeldOut, int]]) -> Tensor:
     noise = torch.stack([normal(tuple(one.latents.shape), 0, f"validation/{one.digest}", i) for one, i in rows]).to(device)
     uniform = torch.tensor([(i + 0.5) / TIMES for _, i in rows], device=device)
     noised = setup.goal.noise(latents, noise, uniform, family.alphas_cumprod, setup.goal.config)
-    predicted = said(family, noised.x, noised.t, torch.stack([one.tokens for one, _ in rows]).to(device)).to(noised.target.dtype)
+    text, frame = (torch.stack([getattr(one, name) for one, _ in rows]).to(device) for name in ("tokens", "frame"))
+    predicted = said(family, noised.x, noised.t, text, frame).to(noised.target.dtype)
     return (predicted - noised.target).square().mean((1, 2, 3))

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from collections.abc import Iterator
 from pathlib import Path
 
+import bases
 import pytest
 import small
 import torch
@@ -50,6 +51,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sd15_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random base with every block of Stable Diffusion 1.5, only narrow: 512 px, eight pixels to a latent."""
     return small.make_base(tmp_path_factory.mktemp("bases") / "narrow-sd15", small.NARROW_SD15, text_layers=12, vae_levels=4)
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random base of each family, with the true kinds of blocks: 64 px, eight pixels to a latent."""
+    return {name: make(tmp_path_factory.mktemp("families") / f"small-{name}") for name, make in bases.MAKERS.items()}
 
 
 @pytest.fixture

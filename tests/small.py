@@ -64,12 +64,12 @@ def make_base(folder: Path, unet: dict[str, Any], text_layers: int, vae_levels: 
     return folder
 
 
-def new_tokenizer() -> CLIPTokenizer:
+def new_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
     """CLIP's tokenizer over single bytes, without a learnt merge."""
     letters = sorted(ByteLevel.alphabet())
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
     vocab = {word: i for i, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocab, merges=[], unk_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=TOKENS)
+    return CLIPTokenizer(vocab=vocab, merges=[], unk_token="<|endoftext|>", pad_token=pad, model_max_length=TOKENS)
 
 
 def copy_base(base: Path, folder: Path) -> Path:

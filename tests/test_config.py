@@ -169,7 +169,7 @@ def test_a_file_that_is_no_toml_is_refused(content: bytes | None, tmp_path: Path
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_example_loads_and_settles(path: Path) -> None:
     run = config.parse(settings.read(path), path)
-    row = "tiny" if run.base == "tiny" else "sd1"
+    row = {"tiny": "tiny", "stabilityai/stable-diffusion-xl-base-1.0": "sdxl"}.get(run.base, "sd1")
     assert still_open(config.resolve(config.parse({**settings.read(path), "name": run.name or "mira"}), row)) == []
 
 

@@ -210,6 +210,14 @@ def test_an_objective_that_contradicts_the_base_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_objective_that_nobody_names_is_the_bases(squares: Path, base: Path, tmp_path: Path) -> None:
+    spoken = speaking(base, tmp_path / "base", "v_prediction")
+    table = {"name": "mira", "data": {"folder": str(squares)}, "objective": {"min_snr_gamma": 3.0}}
+    assert api.settle({**table, "base": str(spoken)}).objective.model_dump()["kind"] == "velocity"
+    settled = api.settle({**table, "base": str(base)}).objective.model_dump()
+    assert (settled["kind"], settled["min_snr_gamma"]) == ("epsilon", 3.0)
+
+
 def test_a_base_that_predicts_velocity_is_trained_for_it(squares: Path, base: Path, tmp_path: Path) -> None:
     spoken = speaking(base, tmp_path / "base", "v_prediction")
     run = small.settled(squares, spoken, objective__kind="velocity", objective__zero_terminal_snr=True, train__steps=2)
@@ -233,7 +241,7 @@ NEEDED = {"logit": {"timesteps": "logit-normal"}, "noise_offset_random": {"noise
 def test_every_setting_of_an_objective_changes_the_loss(name: str, squares: Path, loaded: Family, tmp_path: Path) -> None:
     latents = [[(small.numbers((4, 8, 8), i), torch.full((4, 8, 8), 0.1))] for i in range(5)]
 
-    usual = small.settled(squares, loaded.base.folder, data__caption_dropout=1.0)
+    usual = small.settled(squares, loaded.base.source.path, data__caption_dropout=1.0)
     dataset = ledger.fit_dataset(ledger.read_dataset(usual, tmp_path), usual, loaded)
     module = lookup.find("objectives", name)
 

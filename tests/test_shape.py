@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "lookup", "settings", "randomness", "safeio", "lock", "stop", "events", "hub", "defaults", "config",
-    "adapter", "lowrank", "family", "objective", "optimizer", "captioner",
+    "adapter", "lowrank", "source", "ldm", "family", "latent_diffusion", "objective", "optimizer", "captioner",
     "families", "adapters", "objectives", "optimizers", "captioners",
     "devices", "data", "generate", "schedule", "packs", "pictures", "score",
     "record", "charts", "report", "trackers",
@@ -23,6 +23,7 @@ LAYERS = [
 CHOICES = ("families", "adapters", "objectives", "optimizers", "captioners")
 LATE_IMPORTS = {
     ("sdlora.hub", "download"),
+    ("sdlora.hub", "kept"),
     ("sdlora.config", "_is_a_colour"),
     ("sdlora.config", "_are_known"),
     ("sdlora.lock", "_lock"),

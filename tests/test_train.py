@@ -175,7 +175,7 @@ def test_a_run_whose_numbers_break_ends_with_its_exit_code(pictures: Path, base:
     broken = small.copy_base(base, tmp_path / "broken")
     path = broken / "vae" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
-    weights["encoder.conv_out.bias"] *= math.nan
+    weights["encoder.conv_in.weight"] += 1e38  # finite, but nothing computed with it is
     save_file(weights, path, {"format": "pt"})
     with pytest.raises(UserError, match=r"E-VAE-01.*pictures") as caught:
         list(api.train(small.settled(pictures, broken), tmp_path / "run"))
@@ -242,7 +242,10 @@ def test_half_of_the_samples_are_mirrored_each_with_its_mask() -> None:
     plain = tagged(3)
     mask = torch.tensor([[[1.5, 0.5], [1.5, 0.5]]])
     data = dataclasses.replace(
-        plain, latents=[[(mean, std), (mean + 100, std)] for ((mean, std),) in plain.latents], weights=[[mask, mask.flip(2)]] * 3
+        plain,
+        latents=[[(mean, std), (mean + 100, std)] for ((mean, std),) in plain.latents],
+        frames=[[torch.zeros(6)] * 2] * 3,
+        weights=[[mask, mask.flip(2)]] * 3,
     )
     (batch,) = micro_batch([data], range(300))
     mirrored = batch.latents[:, 0, 0, 0] >= 100
@@ -318,9 +321,8 @@ def tagged(count: int, seed: int = 0, dropout: float = 0.0) -> Prepared:
     """Data whose latents are the picture's number, without spread, and so are its tokens; the empty caption is -1."""
     latents = [[(torch.full((1, 2, 2), float(i)), torch.zeros(1, 2, 2))] for i in range(count)]
     rows = [[i] for i in range(count)]
-    return Prepared(
-        seed, latents, torch.tensor([*range(count), -1])[:, None], dropout, range(count), rows, [[torch.ones(1, 1, 1)]] * count, [-1], 0.0
-    )
+    text, frames, weights = torch.tensor([*range(count), -1])[:, None], [[torch.zeros(6)]] * count, [[torch.ones(1, 1, 1)]] * count
+    return Prepared(seed, latents, text, dropout, range(count), rows, frames, weights, [-1], 0.0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 7])

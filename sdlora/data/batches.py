@@ -20,10 +20,11 @@ class Prepared:
 
     seed: int
     latents: Sequence[Sequence[tuple[Tensor, Tensor]]]  # mean and standard deviation (C, h, w) of each picture's variants
-    text: Tensor  # (R + 1, L) token ids or (R + 1, L, D) states of all captions; the last row is the empty caption
+    text: Tensor  # (R + 1, L) token ids or (R + 1, S, D) states of all captions; the last row is the empty caption
     caption_dropout: float
     pool: Sequence[int]  # the pictures of one epoch: each stands in it as often as the epoch shows it
     rows: Sequence[Sequence[int]]  # of `text`: those of each picture's captions
+    frames: Sequence[Sequence[Tensor]]  # (6,) of each variant: what of its picture it is, as `Family.predict` says
     weights: Sequence[Sequence[Tensor]]  # of each variant's squared error: (1, h, w), or (1, 1, 1) for all of it alike
     prior: Sequence[int]  # rows of `text` on which the base's own prediction is the target
     prior_share: float
@@ -43,7 +44,8 @@ class Batch:
     noise: Tensor  # (B, C, h, w) that the target is made of
     seen: Tensor  # (B, C, h, w) noise that the network sees
     uniform: Tensor  # (B,) in [0, 1): where in the schedule each sample is noised
-    text: Tensor  # (B, L) or (B, L, D)
+    text: Tensor  # (B, L) or (B, S, D)
+    frame: Tensor  # (B, 6)
     slot: Tensor  # (B,) which learner each sample belongs to
     prior: Tensor  # (B,) true where the base's own prediction is the target
     weight: Tensor  # (B, 1, h, w) factors on the squared error
@@ -117,6 +119,7 @@ def _draw(learner: Prepared, slot: int, number: int) -> Batch:
         seen=seen,
         uniform=placed(torch.tensor(chance[0]), learner.noising),
         text=text,
+        frame=learner.frames[picture][variant],
         slot=torch.tensor(slot),
         weight=weight.expand(1, *shape[1:]),
         prior=torch.tensor(prior),

@@ -1,6 +1,7 @@
 """Latents and text states are computed once and kept by content: change a picture, a caption or the base, and only what changed is new."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 
 import safetensors.torch
@@ -54,7 +55,7 @@ def _encoded(item: Item, pixels: Tensor, encoder: str, family: Family, store: St
 
 @torch.no_grad()
 def states(tokens: Tensor, family: Family, store: Store) -> Tensor:
-    """What the network attends to for each row of tokens, (B, L) -> (B, L, D), on the CPU; only for text encoders that no adapter changes.
+    """What the network is told for each row of tokens, (B, L) -> (B, S, D), on the CPU; only for text encoders that no adapter changes.
 
     Each row is computed alone, so that its bits are the same whatever else is said.
     """
@@ -83,7 +84,7 @@ def _identity(family: Family, parts: Sequence[str]) -> str:
     said = [family.device.type]
     for part in parts:
         said.append(family.base.fingerprint(part))
-        said.append(hashlib.sha256((family.base.folder / part / "config.json").read_bytes()).hexdigest())
+        said.append(hashlib.sha256(json.dumps(family.base.source.config(part), sort_keys=True).encode()).hexdigest())
         if part in family.components:  # others compute in float32
             said += sorted({str(parameter.dtype) for parameter in family.components[part].parameters()})
     return " ".join(said)

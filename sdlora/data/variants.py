@@ -4,6 +4,7 @@ once and every sample only chooses among them."""
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
@@ -52,6 +53,16 @@ def sizes(width: int, height: int, available: Sequence[Sequence[Size]]) -> list[
     found = list(dict.fromkeys(buckets.choose(width, height, some) for some in available))
     sound = [size for size in found if buckets.enlargement(width, height, size) <= 1]
     return sound or [min(found, key=lambda size: buckets.enlargement(width, height, size))]
+
+
+def frame(item: Item, variant: Variant) -> Tensor:
+    """What of its picture a variant shows, (6,) in px: height and width of the picture, top and left of the cut and its height and width
+    in the scale of what is shown (Podell et al. 2023, section 2.2)."""
+    left, upper, right, _ = buckets.taken(item.width, item.height, variant.size, variant.crop)
+    scale = variant.size[0] / (right - left)
+    aside = item.width - right if variant.flip else left
+    corner = (round(side * scale) for side in (upper, aside))
+    return torch.tensor([item.height, item.width, *corner, *variant.size[::-1]], dtype=torch.float32)
 
 
 def pixels(picture: Image.Image, variant: Variant) -> Tensor:

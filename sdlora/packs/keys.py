@@ -1,6 +1,7 @@
 """The kohya key grammar: `lora_unet_down_blocks_0_..._to_q.lora_up.weight` is prefix, layer name with `_` for `.`, then the leaf.
 
-A family's `prefixes` are the whole of its key table as long as the packs of that family use the model's own layer names.
+A family's `prefixes` are the whole of its key table: a component's own where its packs use the model's layer names, else one for every
+block that they name otherwise.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,9 +10,13 @@ from torch import Tensor
 
 
 def module_name(dotted: str, prefixes: Mapping[str, str]) -> str:
-    """`unet.down_blocks.0.to_q` -> `lora_unet_down_blocks_0_to_q`."""
-    component, _, path = dotted.partition(".")
-    return f"{prefixes[component]}_{path.replace('.', '_')}"
+    """`unet.down_blocks.0.to_q` -> `lora_unet_down_blocks_0_to_q`. Raises `KeyError` for a layer that no pack can name."""
+    start = dotted
+    while start not in prefixes:
+        start, dot, _ = start.rpartition(".")
+        if not dot:
+            raise KeyError(dotted)
+    return prefixes[start] + dotted[len(start) :].replace(".", "_")
 
 
 def layer_names(layers: Iterable[str], prefixes: Mapping[str, str]) -> dict[str, str]:

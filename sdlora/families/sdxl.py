@@ -1,0 +1,82 @@
+"""Stable Diffusion XL (Podell et al. 2023): two text encoders, and a network that is told where in which picture it is looking."""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection
+
+from sdlora.family import Base, whole_frames
+from sdlora.latent_diffusion import LatentDiffusion, recognised
+from sdlora.source import Source
+
+BLOCKS, LAYERS = 3, 2
+"""Resolutions of the UNet, and residual blocks at each on the way down (one more on the way up)."""
+RESIDUAL = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+
+
+def original_names() -> Iterator[tuple[str, str]]:
+    """Beginnings of the UNet's layer names, and what they are called in the original implementation."""
+    yield from {"conv_in": "input_blocks.0.0", "conv_out": "out.2"}.items()
+    for ours, theirs in {"time_embedding": "time_embed", "add_embedding": "label_emb.0"}.items():
+        yield from ((f"{ours}.linear_{i + 1}", f"{theirs}.{2 * i}") for i in range(2))
+    places = [(f"down_blocks.{i}", j, f"input_blocks.{1 + (LAYERS + 1) * i + j}") for i in range(BLOCKS) for j in range(LAYERS)]
+    places += [(f"up_blocks.{i}", j, f"output_blocks.{(LAYERS + 1) * i + j}") for i in range(BLOCKS) for j in range(LAYERS + 1)]
+    yield "mid_block.attentions.0", "middle_block.1"
+    yield from ((f"{block}.attentions.{j}", f"{place}.1") for block, j, place in places)
+    residuals = [*((block, j, f"{place}.0") for block, j, place in places), *(("mid_block", i, f"middle_block.{2 * i}") for i in range(2))]
+    for block, j, residual in residuals:
+        yield from ((f"{block}.resnets.{j}.{ours}", f"{residual}.{theirs}") for ours, theirs in RESIDUAL.items())
+    for i in range(BLOCKS - 1):
+        yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{(LAYERS + 1) * (i + 1)}.0.op"
+        yield f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{(LAYERS + 1) * (i + 1) - 1}.2.conv"
+
+
+def recognise(source: Source) -> dict[str, Any] | None:
+    """Row of the defaults and the rest of `Base` for a base of this family; None for another's."""
+    found, unet = recognised(source, "StableDiffusionXLPipeline"), source.config("unet")
+    if found is None or [len(unet["block_out_channels"]), unet.get("layers_per_block", 2)] != [BLOCKS, LAYERS]:
+        return None
+    return {"row": "sdxl", **found}
+
+
+class SDXL(LatentDiffusion):
+    """See `Family`. The last row of its states is the pooled embedding of the second text encoder, padded with zeros."""
+
+    prefixes: ClassVar = {
+        "text_encoder": "lora_te1",
+        "text_encoder_2": "lora_te2",
+        **{f"unet.{ours}": f"lora_unet_{theirs.replace('.', '_')}" for ours, theirs in original_names()},
+    }
+    cross_attention_dim: ClassVar = 2048
+
+    def __init__(self, base: Base, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(base, device, dtype)
+        self.text_encoder_2 = self._add_text(CLIPTextModelWithProjection, "_2", dtype)
+
+    def states(self, tokens: Tensor) -> Tensor:
+        first, second = tokens.chunk(2, 1)
+        one, two = self.text_encoder(first, output_hidden_states=True), self.text_encoder_2(second, output_hidden_states=True)
+        rows = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1)
+        pooled: Tensor = two.text_embeds
+        return torch.cat([rows, nn.functional.pad(pooled, (0, rows.shape[2] - pooled.shape[1]))[:, None]], 1)
+
+    def predict(self, x: Tensor, t: Tensor, states: Tensor, frame: Tensor | None = None) -> Tensor:
+        told = whole_frames(x, self.latent_factor) if frame is None else frame
+        pooled = states[:, -1, : self.text_encoder_2.config.projection_dim]
+        added = {"text_embeds": pooled, "time_ids": told}
+        prediction: Tensor = self.unet(x.to(self.unet.dtype), t, states[:, :-1], added_cond_kwargs=added).sample
+        return prediction
+
+    def true_architecture(self) -> dict[str, str]:
+        return {
+            "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+            "ss_base_model_version": "sdxl_base_v1-0",
+            "ss_v2": "False",
+        }
+
+
+def load(base: Base, device: torch.device, dtype: torch.dtype) -> SDXL:
+    """See `sdlora.family.load`."""
+    return SDXL(base, device, dtype)
