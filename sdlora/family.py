@@ -120,7 +120,10 @@ def find(name: str) -> Base:
     source = _opened(path)
     shown = name if name == "tiny" or not Path(name).exists() else path.resolve().name
     for family in lookup.names("families"):
-        found = lookup.find("families", family).recognise(source)
+        try:
+            found = lookup.find("families", family).recognise(source)
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise UserError("E-BASE-05", f"this model's config makes no sense: {error}", path, WHOLE) from None
         if found:
             return Base(shown, source, family, **found)
     known = ", ".join(lookup.names("families"))

@@ -225,6 +225,8 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "a config that is no JSON": ("E-BASE-05", in_file("unet/config.json", lambda path: path.write_text("{")), "unet/config.json"),
     "a config that is a list": ("E-BASE-05", in_file("vae/config.json", lambda path: path.write_text("[]")), "vae/config.json"),
     "a config that is missing": ("E-BASE-05", in_file("unet/config.json", Path.unlink), "unet/config.json"),
+    "a size that is text": ("E-BASE-05", in_json("unet/config.json", sample_size="large"), "large"),
+    "a part that is a number": ("E-BASE-05", in_json("model_index.json", text_encoder=5), ""),
     "no groups": ("E-BASE-04", in_json("unet/config.json", norm_num_groups=0), ""),
     "text for a number": ("E-BASE-04", in_json("unet/config.json", cross_attention_dim="wide"), ""),
     "another class": ("E-BASE-10", in_json("unet/config.json", _class_name="UNet3DConditionModel"), "unet/config.json"),

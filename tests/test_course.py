@@ -439,7 +439,7 @@ def test_no_checkpoint_holds_a_number_that_is_not_finite(
 def test_a_lapse_of_half_precision_names_its_layer(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     really = sd1.SD1.predict
 
-    def predict(self: Any, x: torch.Tensor, t: torch.Tensor, states: torch.Tensor, frame: Any) -> torch.Tensor:
+    def predict(self: Any, x: torch.Tensor, t: torch.Tensor, states: torch.Tensor, frame: Any = None) -> torch.Tensor:
         dtype = self.unet.conv_in.weight.dtype
         return really(self, x, t, states, frame) + (0.0 if dtype == torch.float32 else float("inf"))
 
@@ -457,7 +457,7 @@ def scarce(monkeypatch: pytest.MonkeyPatch, fits: int) -> None:
     """Memory for only so many samples at once."""
     really = sd1.SD1.predict
 
-    def predict(self: Any, x: torch.Tensor, t: torch.Tensor, states: torch.Tensor, frame: Any) -> torch.Tensor:
+    def predict(self: Any, x: torch.Tensor, t: torch.Tensor, states: torch.Tensor, frame: Any = None) -> torch.Tensor:
         if len(x) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return really(self, x, t, states, frame)

@@ -75,8 +75,8 @@ def test_what_is_masked_hardly_counts(floor: float, base: Path, loaded: Family, 
     for side, columns in {"white": slice(0, 4), "black": slice(4, 8)}.items():
         loaded_predict = loaded.predict
 
-        def shifted(x: Tensor, t: Tensor, states: Tensor, at: slice = columns, say: Any = loaded_predict) -> Tensor:
-            said: Tensor = say(x, t, states).clone()
+        def shifted(x: Tensor, t: Tensor, states: Tensor, frame: Tensor, at: slice = columns, say: Any = loaded_predict) -> Tensor:
+            said: Tensor = say(x, t, states, frame).clone()
             said[..., at] += 10
             return said
 

@@ -73,7 +73,7 @@ def digest(run: Run, loaded: Family, where: Path, latents: Any) -> str:
     data = data_of(run, dataset, loaded, where, [[latents(i, one) for one in some] for i, some in enumerate(dataset.variants)])
     for batch in micro_batch([data], range(24)):
         assert torch.equal(batch.seen, batch.noise), "one noise, where nothing perturbs what the network sees"
-        for field in (field for field in fields(batch) if field.name != "seen"):
+        for field in (one for one in fields(batch) if one.name not in ("seen", "frame")):  # which that program did not know
             value = getattr(batch, field.name)
             value = (value * 4096).round() if field.name == "weight" else value  # a mean's last bit is the processor's own
             found.update(value.contiguous().numpy().tobytes())
@@ -115,6 +115,19 @@ def test_each_setting_changes_what_is_trained(setting: str, base: Path, loaded: 
         found.append((dataset.variants, [[one.tolist() for one in some] for some in weights]))
     assert found[0] != found[1]
     assert [len(some) for some in found[0][0]] == [1] * 5
+
+
+def test_a_sample_says_where_it_was_cut(base: Path, loaded: Family, tmp_path: Path) -> None:
+    run = small.settled(masked_folder(tmp_path / "set"), base, **ALL_ON)
+    dataset = fitted(run, loaded, tmp_path)
+    data = data_of(run, dataset, loaded, tmp_path, numbered(dataset))
+    said = set()
+    for batch in micro_batch([data], range(48)):
+        for latents, frame in zip(batch.latents, batch.frame, strict=True):
+            variant, picture = divmod(int(latents[0, 0, 0]), 100)
+            assert torch.equal(frame, variants.frame(dataset.account.used[picture], dataset.variants[picture][variant]))
+            said.add(tuple(frame.tolist()))
+    assert len(said) > 10, "the control: they are of many kinds"
 
 
 def test_a_sample_shows_the_same_variant_in_any_batch_and_all_are_shown(base: Path, loaded: Family, tmp_path: Path) -> None:
