@@ -13,7 +13,7 @@ import small
 import torch
 from PIL import Image
 
-from sdlora import api, job, train
+from sdlora import api, learners, lookup, train
 from sdlora.adapter import Bank
 from sdlora.config import Folder
 from sdlora.data import ledger, reasons, scan, unzip
@@ -220,7 +220,7 @@ def drawn(folders: list[dict[str, object]], base: Path, loaded: Family, where: P
     settled = small.settled(where, base, data__folder="", data__folders=folders)
     dataset = ledger.fit_dataset(ledger.read_dataset(settled, where / "cache"), settled, loaded)
     latents = [[(torch.full((4, 8, 8), float(i)), torch.zeros(4, 8, 8))] for i in range(len(dataset.sizes))]
-    return dataset, job.prepared(job.Job(settled, loaded.base, where, 0.0, dataset, ["text_encoder.x"]), loaded, latents)
+    return dataset, learners.prepared(learners.Job(settled, loaded.base, where, 0.0, dataset, ["text_encoder.x"]), loaded, latents)
 
 
 def test_an_epoch_shows_each_picture_as_often_as_is_set(base: Path, loaded: Family, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_weight_is_a_factor_on_the_loss(base: Path, loaded: Family, tmp_path: 
     put(tmp_path, {"x/a.png": PICTURE})
     settled = small.settled(tmp_path / "x", base)
     bank, losses = Bank(loaded.components), {}
-    objective = job.lookup.find("objectives", "epsilon")
+    objective = lookup.find("objectives", "epsilon")
     for weight in (1.0, 2.5):
         _, learner = drawn([{"folder": str(tmp_path / "x"), "weight": weight}], base, loaded, tmp_path)
         (batch,) = micro_batch([learner], range(2))

@@ -9,7 +9,7 @@ import small
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
-from sdlora import cli, job
+from sdlora import cli, learners
 from sdlora.config import Run
 from sdlora.data import ledger
 from sdlora.data.batches import Prepared, micro_batch
@@ -59,7 +59,7 @@ def test_what_is_shown_is_what_the_ledger_says(share: float, folder: Path, base:
     run = small.settled(Path(), base, data__folder="", data__folders=folders, data__skip_unreadable=True, **changes)
     found, table, dataset = rows(run, loaded, tmp_path)
     latents = [[(small.torch.full((1, 2, 2), float(i)), small.torch.zeros(1, 2, 2))] for i in range(len(dataset.sizes))]
-    data: Prepared = job.prepared(job.Job(run, loaded.base, tmp_path, 0.0, dataset, ["text_encoder.x"]), loaded, latents)
+    data: Prepared = learners.prepared(learners.Job(run, loaded.base, tmp_path, 0.0, dataset, ["text_encoder.x"]), loaded, latents)
     seen: Counter[int] = Counter()
     for batch in micro_batch([data], range(13 * 3)):
         seen.update(batch.latents[~batch.prior][:, 0, 0, 0].int().tolist())

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdlora import api, job, train
+from sdlora import api, learners, train
 from sdlora.adapter import Bank
 from sdlora.data import buckets, ledger, masks
 from sdlora.data.batches import micro_batch
@@ -59,7 +59,7 @@ def test_a_mask_of_another_shape_is_refused_and_of_another_size_is_not(base: Pat
 
 def errors(run: Any, loaded: Family, where: Path, latents: list[tuple[Tensor, Tensor]]) -> Tensor:
     dataset = ledger.fit_dataset(ledger.read_dataset(run, where), run, loaded)
-    data = job.prepared(job.Job(run, loaded.base, where, 0.0, dataset, ["text_encoder.x"]), loaded, [latents])
+    data = learners.prepared(learners.Job(run, loaded.base, where, 0.0, dataset, ["text_encoder.x"]), loaded, [latents])
     (batch,) = micro_batch([data], range(4))
     return train.sample_losses(loaded, Bank(loaded.components), batch, train.Goal(epsilon.noise, run.objective), 1)
 

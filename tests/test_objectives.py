@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
 from torch import Tensor
 
-from sdlora import api, job, lookup, train
+from sdlora import api, learners, lookup, train
 from sdlora.adapter import Bank
 from sdlora.data import ledger, noise
 from sdlora.data.batches import micro_batch
@@ -247,9 +247,9 @@ def test_every_setting_of_an_objective_changes_the_loss(name: str, squares: Path
 
     def losses(settings: dict[str, Any]) -> list[float]:
         run = usual.model_copy(update={"objective": module.Config(**settings)})
-        data = job.prepared(job.Job(run, loaded.base, tmp_path, 0.0, dataset, ["text_encoder.x"]), loaded, latents)
+        data = learners.prepared(learners.Job(run, loaded.base, tmp_path, 0.0, dataset, ["text_encoder.x"]), loaded, latents)
         (batch,) = micro_batch([data], range(3))
-        return train.sample_losses(loaded, Bank(loaded.components), batch, train.Goal(module.noise, job.noising(run)), 1).tolist()  # type: ignore[no-any-return]
+        return train.sample_losses(loaded, Bank(loaded.components), batch, train.Goal(module.noise, learners.noising(run)), 1).tolist()  # type: ignore[no-any-return]
 
     assert losses({}) == losses({}), "the control"
     for setting in module.Config.model_fields.keys() - {"kind"}:

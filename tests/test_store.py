@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from sdlora import api, cli, family, job, safeio
+from sdlora import api, cli, family, learners, safeio
 from sdlora.data import cache, hints, ledger, scan, store
 from sdlora.data.store import Store, place
 from sdlora.data.variants import Variant
@@ -276,8 +276,8 @@ def prepare(folder: Path, base: Path, out: Path, made: list[str], **changes: Any
     kept = store.usual(out)
     dataset = ledger.fit_dataset(ledger.read_dataset(run, out, kept), run, loaded)
     latents = cache.latents(dataset.account.used, dataset.variants, "white", loaded, kept)
-    one = job.Job(run, loaded.base, out, 0.0, dataset, job.sites(run, loaded), kept)
-    text = job.prepared(one, loaded, latents).text
+    one = learners.Job(run, loaded.base, out, 0.0, dataset, learners.sites(run, loaded), kept)
+    text = learners.prepared(one, loaded, latents).text
     return "".join(made), [*(part for some in latents for pair in some for part in pair), text]
 
 

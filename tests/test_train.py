@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdlora import api, devices, family, job, lookup, optimizer
+from sdlora import api, devices, family, learners, lookup, optimizer
 from sdlora.adapter import Bank
 from sdlora.adapters import lora
 from sdlora.config import Run, flat
@@ -67,19 +67,19 @@ def cast(runs: Sequence[Run], folder: Path, dtype: torch.dtype) -> Cast:
     base = family.find(runs[0].base)
     accelerator, _ = devices.for_training("fp32")
     loaded = family.load(base, torch.device("cpu"), dtype)
-    bank, learners = Bank(loaded.components), []
+    bank, built = Bank(loaded.components), []
     for one in [job_of(run, base, loaded, folder) for run in runs]:
         found = cache.latents(one.dataset.account.used, one.dataset.variants, "white", loaded, Store(folder / "cache"))
         latents = [[(mean.to(dtype), std.to(dtype)) for mean, std in some] for some in found]
-        learners.append(job.new_learner(one, loaded, bank, accelerator, latents))
+        built.append(learners.new_learner(one, loaded, bank, accelerator, latents))
         for _, _, delta in bank.deltas(one.settled.name):
             delta.to(dtype)
-    return Cast(loaded, bank, learners, accelerator, runs[0])
+    return Cast(loaded, bank, built, accelerator, runs[0])
 
 
-def job_of(run: Run, base: family.Base, loaded: family.Family, folder: Path) -> job.Job:
+def job_of(run: Run, base: family.Base, loaded: family.Family, folder: Path) -> learners.Job:
     dataset = ledger.fit_dataset(ledger.read_dataset(run, folder / "cache"), run, loaded)
-    return job.Job(run, base, folder, 0.0, dataset, job.sites(run, loaded))
+    return learners.Job(run, base, folder, 0.0, dataset, learners.sites(run, loaded))
 
 
 def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from sdlora import api, job
+from sdlora import api, learners
 from sdlora.config import Run
 from sdlora.data import buckets, cache, ledger, masks, scan, variants
 from sdlora.data.batches import Prepared, micro_batch
@@ -44,11 +44,11 @@ def fitted(run: Run, loaded: Family, where: Path) -> ledger.Dataset:
     return ledger.fit_dataset(ledger.read_dataset(run, where), run, loaded)
 
 
-def data_of(run: Run, dataset: ledger.Dataset, loaded: Family, where: Path, latents: job.Latents) -> Prepared:
-    return job.prepared(job.Job(run, loaded.base, where, 0.0, dataset, ["text_encoder.x"]), loaded, latents)
+def data_of(run: Run, dataset: ledger.Dataset, loaded: Family, where: Path, latents: learners.Latents) -> Prepared:
+    return learners.prepared(learners.Job(run, loaded.base, where, 0.0, dataset, ["text_encoder.x"]), loaded, latents)
 
 
-def numbered(dataset: ledger.Dataset) -> job.Latents:
+def numbered(dataset: ledger.Dataset) -> learners.Latents:
     """Latents that are the picture's number and, in the hundreds, the variant's, each of its variant's shape."""
     return [
         [(torch.full((1, one.size[1] // 4, one.size[0] // 4), i + 100.0 * n), torch.zeros(1, 1, 1)) for n, one in enumerate(some)]
@@ -111,7 +111,7 @@ def test_each_setting_changes_what_is_trained(setting: str, base: Path, loaded: 
     for changes in ({}, {setting: ALL_ON[setting]}):
         run = small.settled(folder, base, **changes)
         dataset = fitted(run, loaded, tmp_path)
-        weights = job.loss_weights(job.Job(run, loaded.base, tmp_path, 0.0, dataset, []), loaded)
+        weights = learners.loss_weights(learners.Job(run, loaded.base, tmp_path, 0.0, dataset, []), loaded)
         found.append((dataset.variants, [[one.tolist() for one in some] for some in weights]))
     assert found[0] != found[1]
     assert [len(some) for some in found[0][0]] == [1] * 5
@@ -250,7 +250,7 @@ def test_a_mask_is_cropped_and_turned_as_its_picture(side: tuple[int, int], base
     mask.convert("RGB").save(item.path)
     run = small.settled(item.path.parent, base, **{**ALL_ON, "data__colour_jitter": 0.0, "data__mask_floor": 0.01})
     dataset = fitted(run, loaded, tmp_path)
-    (weights,) = job.loss_weights(job.Job(run, loaded.base, tmp_path, 0.0, dataset, []), loaded)
+    (weights,) = learners.loss_weights(learners.Job(run, loaded.base, tmp_path, 0.0, dataset, []), loaded)
     assert len(weights) > 4
     picture, other = read_picture(item.path), weights[-1:] + weights[:-1]
     apart: dict[str, list[float]] = {"own": [], "another's": []}
