@@ -1,5 +1,6 @@
 """What a terminal shows: lines, errors with their exit codes, and a run's progress."""
 
+import logging
 import os
 import traceback
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ def console(error: bool = False) -> Console:
 def shown_errors() -> Iterator[None]:
     """User errors as one line and their exit code; anything else is our own bug, with its traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # wherever it is installed it warns of kernels that nothing here calls
     try:
         yield
     except UserError as error:
