@@ -15,8 +15,9 @@ from sdlora.errors import UserError
 NAME = "lock"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 """What disks answer that cannot lock at all, as some network disks."""
-
-ATTEMPTS = 100
+ATTEMPTS, LOOKS, LOOK_S = 100, 10, 0.02
+"""Times that a name is tried which others make and take away; and times, and seconds between, that a lock is tried: whoever only asks who
+holds it holds it himself for a moment."""
 
 
 @contextlib.contextmanager
@@ -58,6 +59,7 @@ def holder(folder: Path) -> dict[str, Any] | None:
 
 def _take(path: Path) -> int | None:
     """An open handle on the locked file; None where the disk has no locks."""
+    looks = 0
     for attempt in range(ATTEMPTS):
         try:
             safeio.make_folders(path.parent)
@@ -79,7 +81,10 @@ def _take(path: Path) -> int | None:
             return handle
         os.close(handle)
         if not free:
-            break
+            looks += 1
+            if looks == LOOKS:
+                break
+            time.sleep(LOOK_S)
         # else its last holder took the file away between our opening and our locking it
     raise _in_use(path)
 

@@ -171,6 +171,17 @@ def test_of_many_at_once_exactly_one_has_the_folder(tmp_path: Path) -> None:
         assert set(codes) <= {"E-RUN-05"}
 
 
+def test_who_asks_for_the_holder_keeps_nobody_out(tmp_path: Path) -> None:
+    """A probe takes the lock for a moment; here it takes its time."""
+    handle = os.open(tmp_path / lock.NAME, os.O_RDWR | os.O_CREAT)
+    assert lock._lock(handle)
+    threading.Timer(lock.LOOK_S * 3, os.close, [handle]).start()
+    with lock.held(tmp_path):
+        assert lock.holder(tmp_path) == {"pid": os.getpid(), "since": pytest.approx(time.time(), abs=60)}
+    with lock.held(tmp_path), pytest.raises(UserError, match="E-RUN-05"), lock.held(tmp_path):
+        pass  # the control: who keeps it keeps others out
+
+
 def test_a_lock_left_by_a_dead_process_holds_nobody_up(tmp_path: Path) -> None:
     (tmp_path / lock.NAME).write_text('{"pid": 1, "since": 0}')
     assert lock.holder(tmp_path) is None
