@@ -32,6 +32,10 @@ class Targeted(Settings):
         return cls()  # type: ignore[call-arg]
 
 
+Piece = tuple[ModuleType, Settings]
+"""What sits on one layer: a kind, and that kind's settings there."""
+
+
 class Delta(nn.Module):
     """What one adapter changes at one layer; a kind subclasses it as `Adapter`.
 
@@ -188,11 +192,11 @@ class Bank:
     sites: dict[str, Site] = field(default_factory=dict)
     route: Route | None = None
 
-    def add(self, name: str, kind: ModuleType, config: Settings, names: Sequence[str], rng: Any) -> None:
-        """Put a new adapter on the layers called `names`; `rng(layer name)` gives the random stream of each."""
+    def add(self, name: str, pieces: Mapping[str, Piece], rng: Any) -> None:
+        """Put a new adapter on, a piece on each of the named layers; `rng(layer name)` gives the random stream of each."""
         if name in self.adapters:
             raise UserError("E-ADAPT-02", f'there is already an adapter called "{name}" on this base')
-        for dotted in names:
+        for dotted, (kind, config) in pieces.items():
             site = self.sites.get(dotted) or self._adapt(dotted)
             site.deltas[name] = kind.Adapter(site.layer, config, rng(dotted))
         self.adapters.append(name)

@@ -108,7 +108,7 @@ def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:
     loaded = family.load(family.find(run.base), torch.device("cpu"), torch.float32)
     dataset = priors.with_drawn(ledger.fit_dataset(found, run, loaded), run, loaded, unpacked, kept)
     table = ledger.ledger(dataset, run, loaded, ledger.findings(dataset, run, loaded))
-    table["totals"] |= estimate.totals(run, loaded, learners.sites(run, loaded), list(dataset.buckets), kept)
+    table["totals"] |= estimate.totals(run, loaded, learners.pieces(run, loaded), list(dataset.buckets), kept)
     table["notes"] = [kept.note] if kept.note else []
     account = dataset.account
     items = [(account.name(item.path), item) for item in account.used]

@@ -3,14 +3,14 @@
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdlora import devices, lookup
-from sdlora.adapter import Bank
+from sdlora import devices
+from sdlora.adapter import Bank, Piece
 from sdlora.config import Run
 from sdlora.data.buckets import Size
 from sdlora.data.store import Store
@@ -21,14 +21,14 @@ TRAINED_BYTES = 16
 """Of each number trained: itself, its gradient and AdamW's two moments, all float32."""
 
 
-def totals(run: Run, family: Family, names: Sequence[str], sizes: Sequence[Size], store: Store) -> dict[str, Any]:
-    """The estimates as the ledger's totals have them; `names` are of the layers that the run adapts. Unknown seconds are None."""
+def totals(run: Run, family: Family, pieces: Mapping[str, Piece], sizes: Sequence[Size], store: Store) -> dict[str, Any]:
+    """The estimates as the ledger's totals have them; `pieces` are what the run adapts. Unknown seconds are None."""
     assert run.train.steps is not None
     pace = known_pace(pace_name(run, family), store)
-    return {"memory_bytes": memory(run, family, names, sizes), "seconds": None if pace is None else round(pace * run.train.steps, 1)}
+    return {"memory_bytes": memory(run, family, pieces, sizes), "seconds": None if pace is None else round(pace * run.train.steps, 1)}
 
 
-def memory(run: Run, family: Family, names: Sequence[str], sizes: Sequence[Size]) -> dict[str, int]:
+def memory(run: Run, family: Family, pieces: Mapping[str, Piece], sizes: Sequence[Size]) -> dict[str, int]:
     """Bytes of the tensors that training holds on its device at the end of a forward; libraries and what kernels borrow come on top.
 
     What is kept for the backward pass grows with a picture's area alone, as no attention matrix is kept. Two small forwards of one
@@ -37,10 +37,9 @@ def memory(run: Run, family: Family, names: Sequence[str], sizes: Sequence[Size]
     assert run.train.batch_size is not None
     dtype = devices.chosen(run.train.precision or "auto")[1]
     bank = Bank(family.components)
-    kind = lookup.find("adapters", run.adapter.model_dump()["kind"])
     frozen = {id(p): p for module in family.parts().values() for p in module.parameters()}
     inner = {id(p): p for module in family.components.values() for p in module.parameters()}
-    bank.add(run.name, kind, run.adapter, names, lambda dotted: stream(run.seed, f"init/{dotted}"))
+    bank.add(run.name, pieces, lambda dotted: stream(run.seed, f"init/{dotted}"))
     try:
         trained = sum(p.numel() for p in bank.parameters(run.name).values())
         bank.use({run.name: 1.0})

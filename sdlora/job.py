@@ -23,7 +23,7 @@ from sdlora.data import cache, captions, ledger, store
 from sdlora.errors import UserError
 from sdlora.events import Event, Log, patiently
 from sdlora.family import Base, Family
-from sdlora.learners import Job, Latents, adapted, check_objective, check_optimizer, doubts, given, new_learner, noising, sites
+from sdlora.learners import Job, Latents, adapted, check_objective, check_optimizer, doubts, given, new_learner, noising, pieces
 from sdlora.packs import file, metadata
 from sdlora.stop import Stop
 from sdlora.studio import Studio
@@ -51,8 +51,8 @@ def run(settled: Run, base: Base, out: Path, stop: Stop | None = None) -> Iterat
         found = ledger.read_dataset(settled, out / "cache", kept)
         loaded = family.load(base, accelerator.device, dtype)
         check_objective(settled, loaded)
-        job = Job(settled, base, out, began, ledger.fit_dataset(found, settled, loaded), sites(settled, loaded), kept)
-        doubtful = [Event("warning", doubt) for doubt in doubts(settled, loaded, job.names)]
+        job = Job(settled, base, out, began, ledger.fit_dataset(found, settled, loaded), pieces(settled, loaded), kept)
+        doubtful = [Event("warning", doubt) for doubt in doubts(settled, loaded, job.pieces)]
         prepare_folder(settled, out, accelerator.device)
         log = Log(out / "events.jsonl")
         said = [Event("note", note) for note in notes] + [Event("warning", unlocked)] * bool(unlocked) + doubtful
@@ -126,7 +126,7 @@ def _train(job: Job, loaded: Family, accelerator: Accelerator, stop: Stop) -> It
     yield Event("note", dataset.account.line())
     found = ledger.findings(dataset, settled, loaded)
     table = ledger.ledger(dataset, settled, loaded, found)
-    table["totals"] |= estimate.totals(settled, loaded, job.names, list(dataset.buckets), job.kept)
+    table["totals"] |= estimate.totals(settled, loaded, job.pieces, list(dataset.buckets), job.kept)
     safeio.write(job.out / "ledger.json", json.dumps(table, indent=1))
     for finding in (one for one in found if one.severity == "warn"):
         yield Event("warning", ledger.said(finding))

@@ -1,7 +1,7 @@
 """What a run trains: which layers, from which pictures, by which optimizer; and what of it makes no sense."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sdlora import lookup
-from sdlora.adapter import Bank, choose_sites
+from sdlora.adapter import Bank, Piece, choose_sites
 from sdlora.config import Run
 from sdlora.data import cache, captions, masks
 from sdlora.data.batches import Prepared
@@ -40,7 +40,7 @@ class Job:
     out: Path
     began: float  # seconds since 1970
     dataset: Dataset
-    names: list[str]  # of the layers that are adapted
+    pieces: dict[str, Piece]  # what is put on which layers
     kept: Store = field(default_factory=Store)  # what earlier runs computed
 
 
@@ -66,21 +66,20 @@ def check_optimizer(settled: Run) -> None:
         raise UserError("E-OPT-03", f"{who}, so that none can learn {ratio:g} times as fast", "train.lora_plus_ratio", "set it to 1")
 
 
-def sites(settled: Run, loaded: Family) -> list[str]:
-    """Names of the layers that the run adapts."""
+def pieces(settled: Run, loaded: Family) -> dict[str, Piece]:
+    """What the run puts on which layers, by their full names."""
     kind = lookup.find("adapters", settled.adapter.model_dump()["kind"])
     fitting = {name: layer for name, layer in loaded.layers().items() if kind.fits(layer)}
     names = choose_sites(fitting, settled.adapter.model_dump()["targets"], loaded.presets)
     if settled.train.text_encoder_lr == 0:  # an adapter that never moves need not be there
-        return [name for name in names if not name.startswith("text_encoder")]
-    return names
+        names = [name for name in names if not name.startswith("text_encoder")]
+    return dict.fromkeys(names, (kind, settled.adapter))
 
 
 def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, latents: Latents) -> Learner:
     """Put a fresh adapter on the bank, with its data and optimizer."""
     settled, train = job.settled, job.settled.train
-    kind = lookup.find("adapters", settled.adapter.model_dump()["kind"])
-    bank.add(settled.name, kind, settled.adapter, job.names, lambda dotted: stream(settled.seed, f"init/{dotted}"))
+    bank.add(settled.name, job.pieces, lambda dotted: stream(settled.seed, f"init/{dotted}"))
     data = prepared(job, loaded, latents)
     rates, fast = {"unet.": given(train.lr), "text_encoder": given(train.text_encoder_lr)}, bank.fast(settled.name)
     halves = [faster(bank.parameters(settled.name, part), lr, fast, train.lora_plus_ratio) for part, lr in rates.items()]
@@ -97,7 +96,7 @@ def prepared(job: Job, loaded: Family, latents: Latents) -> Prepared:
     said, kept = [*itertools.chain.from_iterable(job.dataset.captions)], given(settled.data.prior_prompts)
     text = loaded.tokens([*said, *kept, ""])
     varying = captions.vary(items, settled.data)
-    if not varying and not any(name.startswith("text_encoder") for name in job.names):
+    if not varying and not any(name.startswith("text_encoder") for name in job.pieces):
         text = cache.states(text, loaded, job.kept)
 
     def final(picture: int, number: int) -> Tensor:
@@ -150,19 +149,19 @@ def given(value: T | None) -> T:
     return value
 
 
-def doubts(settled: Run, loaded: Family, names: Sequence[str]) -> list[str]:
+def doubts(settled: Run, loaded: Family, pieces: Mapping[str, Piece]) -> list[str]:
     """What can be trained, but hardly was meant. Raises `UserError` where the adapter is beyond all sense."""
-    kind, layers = lookup.find("adapters", settled.adapter.model_dump()["kind"]), loaded.layers()
+    layers = loaded.layers()
     found, large = [], []
-    for dotted in names:
+    for dotted, (kind, config) in pieces.items():
         layer: Any = layers[dotted]
-        own = sum(p.numel() for p in kind.Adapter(layer, settled.adapter, stream(0, "size")).parameters())
+        own = sum(p.numel() for p in kind.Adapter(layer, config, stream(0, "size")).parameters())
         large += [(dotted, own / layer.weight.numel())] if own > layer.weight.numel() else []
-    if len(large) == len(names) and min(share for _, share in large) > 2:  # a rank as large as a layer's smaller side gives 2 at most
+    if len(large) == len(pieces) and min(share for _, share in large) > 2:  # a rank as large as a layer's smaller side gives 2 at most
         what = f"on each of its layers the adapter holds over twice as many numbers as the layer itself ({large[0][0]})"
         raise UserError("E-ADAPT-04", what, "adapter.rank", "lower it: nothing more can be learnt beyond the side of a layer")
     if large:
-        what = f"on {len(large)} of {len(names)} layers the adapter holds more numbers than the layer itself"
+        what = f"on {len(large)} of {len(pieces)} layers the adapter holds more numbers than the layer itself"
         found.append(f"{what}; a lower adapter.rank can learn as much")
     if given(settled.train.lr) >= HIGH_RATE and not optimizing(settled).finds_its_rate:
         found.append(f"train.lr = {settled.train.lr:g} is very high: 1e-4 is usual on Stable Diffusion, 2e-3 on the embedded base")

@@ -147,7 +147,7 @@ def random_pack(path: Path, family: Family, seed: int = 1, rank: int = 2, alpha:
     kind = lookup.find("adapters", "lora")
     bank = Bank(family.components)
     patterns = [pattern for preset in targets or ("attention", "text-encoder") for pattern in family.presets.get(preset, [preset])]
-    bank.add("random", kind, some_config(kind, rank, alpha), list(matching(family, kind, patterns)), stream_of)
+    bank.add("random", dict.fromkeys(matching(family, kind, patterns), (kind, some_config(kind, rank, alpha))), stream_of)
     randomise(bank, "random", seed)
     tensors = file.tensors_of(bank, "random", family)
     bank.eject()

@@ -47,7 +47,7 @@ def banked(layer: nn.Module, kinds: Sequence[str], ranks: Sequence[int] = (3, 3,
     bank = Bank({"unet": nn.ModuleDict({"layer": layer})})
     for i, name in enumerate(kinds):
         kind = lookup.find("adapters", name)
-        bank.add("abc"[i], kind, small.some_config(kind, ranks[i], 1.5 + i), ["unet.layer"], small.stream_of)
+        bank.add("abc"[i], dict.fromkeys(["unet.layer"], (kind, small.some_config(kind, ranks[i], 1.5 + i))), small.stream_of)
         small.randomise(bank, "abc"[i], seed=i + 1)
         for _, _, delta in bank.deltas("abc"[i]):
             delta.to(dtype)
@@ -82,7 +82,7 @@ def test_it_starts_as_it_declares(kind: str, name: str, dtype: torch.dtype) -> N
     module, layer, x = kind_and_layer(kind, name, dtype)
     y = layer(x)
     bank = Bank({"unet": nn.ModuleDict({"layer": layer})})
-    bank.add("a", module, small.some_config(module), ["unet.layer"], small.stream_of)
+    bank.add("a", dict.fromkeys(["unet.layer"], (module, small.some_config(module))), small.stream_of)
     bank.use({"a": 1.0})
     if module.Adapter.start == "exact":
         assert torch.equal(run(bank, x), y)
@@ -163,7 +163,7 @@ def test_what_it_gives_to_a_pack_it_takes_back(kind: str) -> None:
     bank.use({"a": 1.0})
     y = run(bank, x)
     other = Bank({"unet": nn.ModuleDict({"layer": layer})})
-    other.add("a", module, module.Config.blank(), ["unet.layer"], small.stream_of)
+    other.add("a", dict.fromkeys(["unet.layer"], (module, module.Config.blank())), small.stream_of)
     delta_of(other).load(delta_of(bank).tensors())
     other.use({"a": 1.0})
     assert torch.equal(run(other, x), y)
@@ -266,7 +266,7 @@ def test_each_of_its_settings_changes_how_it_starts_or_learns(kind: str, setting
 
     def shown(config: Settings) -> list[Any]:
         bank = Bank({"unet": nn.ModuleDict({"layer": layer})})
-        bank.add("a", module, config, ["unet.layer"], small.stream_of)
+        bank.add("a", dict.fromkeys(["unet.layer"], (module, config)), small.stream_of)
         parameters = list(delta_of(bank).parameters())
         starts = [p.tolist() for p in parameters]
         small.randomise(bank, "a")
@@ -345,7 +345,7 @@ def test_it_is_pefts_in_forward_and_gradients(oracle: str, name: str) -> None:
     theirs = peft.inject_adapter_in_model(copy.deepcopy(case.theirs), holder).get_submodule("layer")
     bank = Bank({"unet": nn.ModuleDict({"layer": layer})})
     given = {"rank": 3, "alpha": 7.0} if "rank" in module.Config.model_fields else {}
-    bank.add("a", module, module.Config(**{**given, **case.ours}), ["unet.layer"], small.stream_of)
+    bank.add("a", dict.fromkeys(["unet.layer"], (module, module.Config(**{**given, **case.ours}))), small.stream_of)
     small.randomise(bank, "a")
     ours = delta_of(bank)
     pairs = [(ours.get_parameter(a), theirs.get_parameter(b)) for a, b in case.names.items()]
@@ -413,7 +413,7 @@ def test_dora_is_the_papers_formula(axis: str, name: str) -> None:
     """Equation 5, as the readers of packs compute it: each slice of W + ΔV has the length that its magnitude says."""
     layer, x = new_layer(name, torch.float64)
     bank = Bank({"unet": nn.ModuleDict({"layer": layer})})
-    bank.add("a", dora, dora.Config(rank=3, alpha=1.5, axis=axis), ["unet.layer"], small.stream_of)
+    bank.add("a", dict.fromkeys(["unet.layer"], (dora, dora.Config(rank=3, alpha=1.5, axis=axis))), small.stream_of)
     small.randomise(bank, "a")
     delta = delta_of(bank).double()
     leaves = delta.tensors()
@@ -459,7 +459,7 @@ def test_oft_is_a_rotation_of_blocks_of_outputs() -> None:
     for name in ("linear-broad", "conv3"):
         layer, x = new_layer(name, torch.float64)
         bank = Bank({"unet": nn.ModuleDict({"layer": layer})})
-        bank.add("a", oft, oft.Config(block_size=4), ["unet.layer"], small.stream_of)
+        bank.add("a", dict.fromkeys(["unet.layer"], (oft, oft.Config(block_size=4))), small.stream_of)
         small.randomise(bank, "a")
         delta = delta_of(bank).double()
         blocks = delta.get_parameter("blocks")
@@ -613,7 +613,7 @@ def test_guidance_lays_a_route_behind_itself() -> None:
 def adapt(bank: Bank, loaded: Family, name: str, kind: str, targets: Sequence[str], seed: int = 1) -> None:
     module = lookup.find("adapters", kind)
     fitting = {dotted: layer for dotted, layer in loaded.layers().items() if module.fits(layer)}
-    bank.add(name, module, small.some_config(module), choose_sites(fitting, targets, loaded.presets), small.stream_of)
+    bank.add(name, dict.fromkeys(choose_sites(fitting, targets, loaded.presets), (module, small.some_config(module))), small.stream_of)
     small.randomise(bank, name, seed)
 
 
@@ -650,7 +650,7 @@ def test_removing_one_adapter_leaves_the_other_as_it_was(loaded: Family, kind: s
     module = lookup.find("adapters", kind)
     fitting = {dotted: layer for dotted, layer in loaded.layers().items() if module.fits(layer)}
     for seed, (name, preset) in enumerate((("a", "attention"), ("b", "all-linear"))):
-        bank.add(name, module, small.some_config(module), choose_sites(fitting, [preset], loaded.presets), small.stream_of)
+        bank.add(name, dict.fromkeys(choose_sites(fitting, [preset], loaded.presets), (module, small.some_config(module))), small.stream_of)
         small.randomise(bank, name, seed)
     bank.use({"b": 1.0})
     y = predict(loaded)
@@ -660,7 +660,7 @@ def test_removing_one_adapter_leaves_the_other_as_it_was(loaded: Family, kind: s
     bank.use({"b": 1.0})
     torch.testing.assert_close(predict(loaded), y, rtol=1e-6, atol=1e-6)
     with pytest.raises(UserError, match="E-ADAPT-02"):
-        bank.add("b", module, small.some_config(module), list(bank.sites), small.stream_of)
+        bank.add("b", dict.fromkeys(list(bank.sites), (module, small.some_config(module))), small.stream_of)
 
 
 def test_the_layers_of_a_base_are_the_same_with_an_adapter_on_it(loaded: Family) -> None:

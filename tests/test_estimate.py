@@ -16,14 +16,14 @@ from sdlora.family import Family
 
 def activations(loaded: Family, base: Path, side: int, batch: int = 1, **changes: Any) -> int:
     run = small.settled(base, base, train__batch_size=batch, **changes)
-    return estimate.memory(run, loaded, learners.sites(run, loaded), [(side // 2, side), (side, side)])["activations"]
+    return estimate.memory(run, loaded, learners.pieces(run, loaded), [(side // 2, side), (side, side)])["activations"]
 
 
 def counted(loaded: Family, base: Path, side: int) -> int:
     """Of one forward at its real size."""
     bank = estimate.Bank(loaded.components)
     run = small.settled(base, base)
-    bank.add("mira", estimate.lookup.find("adapters", "lora"), run.adapter, learners.sites(run, loaded), small.stream_of)
+    bank.add("mira", learners.pieces(run, loaded), small.stream_of)
     bank.use({"mira": 1.0})
     found = estimate._kept(loaded, (side, side))
     bank.eject()
@@ -52,7 +52,7 @@ def test_a_network_that_keeps_attention_matrices_would_be_noticed(loaded: Family
 def test_weights_are_counted_once_and_the_base_is_left_as_it_was(loaded: Family, base: Path) -> None:
     before = small.modules(loaded)
     run = small.settled(base, base)
-    parts = estimate.memory(run, loaded, learners.sites(run, loaded), [(32, 32)])
+    parts = estimate.memory(run, loaded, learners.pieces(run, loaded), [(32, 32)])
     assert small.modules(loaded) == before
     assert parts["total"] == sum(parts[name] for name in ("base", "adapter", "activations"))
     files = sum(path.stat().st_size for path in base.rglob("*.safetensors"))

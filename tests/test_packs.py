@@ -111,7 +111,9 @@ def test_names_lead_back_to_layers(narrow: Family) -> None:
 def banked(loaded: Family, targets: list[str], rank: int = 2, alpha: float = 1.0, kind: Any = lora) -> Bank:
     fitting = {name: layer for name, layer in loaded.layers().items() if kind.fits(layer)}
     bank = Bank(loaded.components)
-    bank.add("mira", kind, small.some_config(kind, rank, alpha), choose_sites(fitting, targets, loaded.presets), small.stream_of)
+    bank.add(
+        "mira", dict.fromkeys(choose_sites(fitting, targets, loaded.presets), (kind, small.some_config(kind, rank, alpha))), small.stream_of
+    )
     small.randomise(bank, "mira")
     return bank
 

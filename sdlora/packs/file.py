@@ -131,7 +131,7 @@ def attach(pack: Pack, name: str, bank: Bank, family: Family) -> None:
     bad = [key for key, tensor in pack.tensors.items() if not tensor.float().isfinite().all()]
     if bad:
         raise UserError("E-PACK-05", "this pack holds numbers that are not finite", bad[0], "train it again at a lower rate")
-    bank.add(name, kind, kind.Config.blank(), list(names), _zeros)
+    bank.add(name, dict.fromkeys(names, (kind, kind.Config.blank())), _zeros)
     try:
         for dotted, _, delta in bank.deltas(name):
             delta.load(names[dotted])
