@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdlora import config, estimate, family, job, learners, lookup, pictures, priors, record, safeio, settings
+from sdlora import config, devices, estimate, family, job, learners, lookup, pictures, priors, record, safeio, settings
 from sdlora.config import Run
 from sdlora.data import captioning, edits, ledger, page, store
 from sdlora.data.captioning import Captioning
 from sdlora.data.edits import Edit
 from sdlora.errors import UserError
 from sdlora.events import Event
+from sdlora.family import Base, Reading
 from sdlora.generate import Recipe
 from sdlora.packs import file
 from sdlora.packs.file import Pack
@@ -74,9 +75,10 @@ def settle(table: dict[str, Any], source: object = "") -> Run:
         run = config.parse({**table, "name": _name_of(Path(run.data.sources[0].folder))}, source)
     if not run.name:
         raise UserError("E-CONF-07", "the run has no name, and no folder to take one from", "name", "add --name NAME")
-    base = family.find(run.base)
+    base = base_of(run)
     if "kind" not in table.get("objective", {}) and base.prediction in lookup.names("objectives"):
-        run = config.parse({**_lasting(run), "objective": {**table.get("objective", {}), "kind": base.prediction}}, source)
+        probe = {} if base.said else {"probe": table.get("probe", "choose")}
+        run = config.parse({**_lasting(run), **probe, "objective": {**table.get("objective", {}), "kind": base.prediction}}, source)
     return config.resolve(config.parse(_lasting(run)), base.row)
 
 
@@ -85,7 +87,13 @@ def train(run: Run, out: Path, stop: Stop | None = None) -> Iterator[Event]:
 
     A run is stopped by setting `stop.stop`, or by a file called `stop` in its folder: it saves, and `stopped` is its last event.
     """
-    return job.run(run, family.find(run.base), out, stop)
+    return job.run(run, base_of(run), out, stop)
+
+
+def base_of(run: Run) -> Base:
+    """The base that a run names, found and read as its settings say."""
+    half = devices.chosen(run.train.precision or "auto")[1] != torch.float32
+    return family.find(run.base, run.vae, Reading(**run.text.model_dump()), half)
 
 
 def runs(root: Path) -> list[Record]:
@@ -105,7 +113,7 @@ def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:
     """
     kept = store.usual()
     found = ledger.read_dataset(run, unpacked, kept)
-    loaded = family.load(family.find(run.base), torch.device("cpu"), torch.float32)
+    loaded = family.load(base_of(run), torch.device("cpu"), torch.float32)
     dataset = priors.with_drawn(ledger.fit_dataset(found, run, loaded), run, loaded, unpacked, kept)
     table = ledger.ledger(dataset, run, loaded, ledger.findings(dataset, run, loaded))
     table["totals"] |= estimate.totals(run, loaded, learners.pieces(run, loaded), list(dataset.buckets), kept)
@@ -125,10 +133,13 @@ def open_pack(path: Path) -> Pack:
     return file.load(path)
 
 
-def open_studio(packs: Sequence[Pack] = (), base: str = "") -> Studio:
-    """Load a base (by default the first pack's own, else `tiny`) and put the packs on it, in order, all at scale 0."""
+def open_studio(packs: Sequence[Pack] = (), base: str = "", vae: str = "") -> Studio:
+    """Load a base (by default the first pack's own, else `tiny`) and put the packs on it, in order, all at scale 0.
+
+    Pictures are decoded by the base's own autoencoder, whatever a pack was trained with, unless one is named.
+    """
     named = base or next((pack.base for pack in packs if pack.base), "tiny")
-    studio = Studio.open(family.find(named))
+    studio = Studio.open(family.find(named, vae, half=devices.for_pictures()[1] != torch.float32))
     for pack in packs:
         studio.add(pack)
     return studio
@@ -188,8 +199,9 @@ def _lasting(run: Run) -> dict[str, Any]:
     for place in [table["data"], *table["data"]["folders"]]:
         if place["folder"]:
             place["folder"] = str(Path(place["folder"]).absolute())
-    if Path(run.base).exists() and run.base != "tiny":
-        table["base"] = str(Path(run.base).absolute())
+    for name in ("base", "vae"):
+        if table[name] not in ("", "tiny") and Path(table[name]).exists():
+            table[name] = str(Path(table[name]).absolute())
     return table
 
 

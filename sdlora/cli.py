@@ -36,6 +36,7 @@ Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=C", help
 Config = Annotated[Optional[Path], typer.Option(help="TOML file of settings")]
 BASES = "tiny, a diffusers folder, a .safetensors checkpoint, or a hub id"
 Base = Annotated[str, typer.Option(help=f"{BASES}; default: the pack's own, else tiny")]
+Vae = Annotated[str, typer.Option(help="autoencoder in place of the base's own: a folder, a .safetensors file, or a hub id")]
 
 
 @app.command()
@@ -106,13 +107,14 @@ def generate(
     size: Annotated[str, typer.Option(help="WxH in px; default: the base's own", metavar="WxH")] = "",
     scale: Annotated[str, typer.Option(help="scale of all packs that name none; default: each pack's recommended one")] = "",
     base: Base = "",
+    vae: Vae = "",
     out: Annotated[Path, typer.Option(help="PNG to write", metavar="F.png")] = Path("picture.png"),
 ) -> None:
     """Draw one picture, with any number of packs; without a pack it is the base's."""
     with shown_errors():
         from sdlora import api
 
-        studio, scales = opened(packs or [], base, scale)
+        studio, scales = opened(packs or [], base, scale, vae)
         recipe = studio.recipe(prompt, size, guidance, negative=negative, seed=seed, steps=steps, scales=scales)
         warn_of_cuts(studio, [prompt, negative])
         api.save_picture(out, studio, studio.render([recipe])[0], recipe)
@@ -127,13 +129,14 @@ def grid(
     scales: Annotated[str, typer.Option(help="scales, separated by commas")] = "0,0.25,0.5,0.75,1,1.25",
     seeds: Annotated[str, typer.Option(help="seeds, separated by commas")] = "0",
     base: Base = "",
+    vae: Vae = "",
     out: Annotated[Path, typer.Option(help="PNG to write", metavar="F.png")] = Path("grid.png"),
 ) -> None:
     """Draw a labelled sheet: prompts and seeds down, the base and the scales across."""
     with shown_errors():
         from sdlora import api
 
-        studio, _ = opened(packs or [], base, "1")
+        studio, _ = opened(packs or [], base, "1", vae)
         asked = prompts or [next((pack.trigger for pack in studio.packs.values() if pack.trigger), "")]
         warn_of_cuts(studio, asked)
         try:
@@ -212,14 +215,16 @@ def follow(settled: "Run", out: Path) -> None:
         say(TINY)
 
 
-def opened(packs: list[str], base: str, scale: str) -> "tuple[Studio, tuple[tuple[str, float], ...]]":
+def opened(packs: list[str], base: str, scale: str, vae: str) -> "tuple[Studio, tuple[tuple[str, float], ...]]":
     """A studio with the packs named on the command line, and the scale of each."""
     from sdlora import api
 
     everywhere = api.parse_scale(scale) if scale else None
     parsed = [api.parse_pack(text) for text in packs]
     read = [api.open_pack(path) for path, _ in parsed]
-    studio = api.open_studio(read, base)
+    studio = api.open_studio(read, base, vae)
+    for name in studio.otherwise_read():
+        say(f"warning: {name} was trained with other settings of text than the first pack, as which prompts are read", error=True)
     scales = []
     for (name, pack), (_, own) in zip(studio.packs.items(), parsed, strict=True):
         usual = pack.recommended_scale if everywhere is None else everywhere

@@ -82,6 +82,14 @@ class Data(Settings):
         return [*([Folder(folder=self.folder)] if self.folder else []), *self.folders]
 
 
+class Text(Settings):
+    clip_skip: Annotated[int, Field(ge=1, le=32)] = 1
+    """Which layer of the text encoder, from its end, the network is told: 1 is the one that it was trained on; many bases of drawn figures
+    want 2. Prompts are read in the same way where pictures are drawn with the pack."""
+    chunks: Annotated[int, Field(ge=1, le=4)] = 1
+    """Pieces of 75 tokens that a caption may have, each read alone; what is beyond them is not read. Each costs time in every sample."""
+
+
 class Train(Settings):
     steps: Count | None = None
     """Optimizer steps in all."""
@@ -168,6 +176,13 @@ class Run(Settings):
     """What is learnt; settles captions and defaults."""
     base: str = "tiny"
     """Base model: `tiny` (the embedded one), a diffusers folder, a `.safetensors` checkpoint, or a hub id."""
+    vae: str = ""
+    """Autoencoder in place of the base's own: its folder, a `.safetensors` file, or a hub id; it must have been made for such a base."""
+    probe: Literal["choose", "refuse", "off"] = "refuse"
+    """What is done where the base's files do not say what its network predicts, or `objective.kind` says otherwise: a few pictures are
+    noised and the network's word is measured. refuse: a run that contradicts it ends at once; choose, which it is where neither files nor
+    settings say anything: the objective is what was measured; off: nothing is measured, and `objective.kind` stands where the files say
+    nothing."""
     trigger: str = ""
     """Word that calls the character or style up in a prompt; empty: the name."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -179,6 +194,7 @@ class Run(Settings):
     """The objective's kind and that kind's own settings."""
     optimizer: SerializeAsAny[Settings] = Settings()
     """The optimizer's kind and that kind's own settings."""
+    text: Text = Text()
     train: Train = Train()
     validation: Validation = Validation()
     preview: Preview = Preview()

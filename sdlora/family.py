@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,28 +12,40 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sdlora import hub, lookup
+from sdlora import hub, lookup, vae
 from sdlora.adapter import frozen_layers
 from sdlora.errors import UserError
 from sdlora.ldm import SingleFile
-from sdlora.source import CONVERT, INDEX, PICKLES, WHOLE, Folder, Source
+from sdlora.source import CONVERT, INDEX, PICKLES, WHOLE, Folder, Source, needed, only_pickled
 
 EMBEDDED = Path(__file__).parent / "base"
-FILES = ["model_index.json", "scheduler/*.json", "tokenizer*/*.json", "tokenizer*/*.txt", "text_encoder*/config.json",
-         "text_encoder*/*.safetensors", "unet/config.json", "unet/*.safetensors", "vae/config.json", "vae/*.safetensors"]  # fmt: skip
+LAYOUTS = "name such a folder, a .safetensors checkpoint, a hub id, or tiny"
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How texts are read."""
+
+    clip_skip: int = 1  # which of the text encoder's layers, from its end: 1 is the one that the base was trained on
+    chunks: int = 1  # pieces of as many tokens as the text encoder reads at once, of which a text may consist
 
 
 @dataclass(frozen=True)
 class Base:
     """A base model that was found and recognised; no weights are read yet."""
 
-    name: str  # "tiny", the folder's name or the hub id
+    name: str  # "tiny", the folder's name or the hub id, with the revision if one was named
     source: Source
     family: str
     row: str  # row of the table of defaults
     size_px: int  # side of the square it was trained on
     prediction: str  # what the network says, by the name of its objective: epsilon, velocity
+    said: bool = True  # whether its files say so; else it is what is usual, or what a probe found
+    zero_snr: bool = False  # whether a probe found that its schedule ends at noise alone, which its files do not say
+    revision: str = ""  # the hub's commit
+    vae: str = ""  # name of the autoencoder in place of its own
+    text: Reading = Reading()
 
     def fingerprint(self, component: str) -> str:
         """SHA-256 of a component's weight files, so that caches and packs know which weights they belong to."""
@@ -102,6 +114,11 @@ class Family(ABC):
     def architecture(self) -> dict[str, str]:
         """Metadata fields that tell other programs what a pack for this base is; never another model's."""
 
+    def take_for(self, base: Base) -> None:
+        """Take the weights for another word on them: what they predict, how texts are read."""
+        self.base, self.prediction = base, base.prediction
+        self.alphas_cumprod = self.new_scheduler().alphas_cumprod.to(self.device)
+
     def parts(self) -> dict[str, nn.Module]:
         """All that was loaded of the base."""
         held = {name: module for name, module in vars(self).items() if isinstance(module, nn.Module)}
@@ -112,22 +129,33 @@ class Family(ABC):
         return frozen_layers(self.components)
 
 
-def find(name: str) -> Base:
-    """The base called `tiny`, in a diffusers folder, in one file, or on the hub (downloaded once, kept by huggingface_hub)."""
+def find(name: str, other_vae: str = "", text: Reading | None = None, half: bool = False) -> Base:
+    """The base called `tiny`, in a diffusers folder, in one file, or on the hub (downloaded once, kept by huggingface_hub).
+
+    Of what the hub has in several precisions only one is downloaded: `half` of the usual, or else the full one.
+    """
     path = EMBEDDED if name == "tiny" else Path(name)
-    if not path.exists():
-        path = _download(name)
-    source = _opened(path)
-    shown = name if name == "tiny" or not Path(name).exists() else path.resolve().name
+    here = path.exists()
+    source = _opened(path) if here else _download(name, half)
+    shown, revision = (name, "") if name == "tiny" else (path.resolve().name, "") if here else (name, source.path.name)
+    found = _recognised(source, shown)
+    if other_vae:
+        exchanged = vae.exchanged(source, other_vae)
+        found = replace(found, source=exchanged, vae=Path(other_vae).resolve().name if Path(other_vae).exists() else other_vae)
+    return replace(found, revision=revision, text=text or Reading())
+
+
+def _recognised(source: Source, shown: str) -> Base:
     for family in lookup.names("families"):
         try:
             found = lookup.find("families", family).recognise(source)
         except (TypeError, ValueError, LookupError, AttributeError) as error:
-            raise UserError("E-BASE-05", f"this model's config makes no sense: {error}", path, WHOLE) from None
+            raise UserError("E-BASE-05", f"this model's config makes no sense: {error}", source.path, WHOLE) from None
         if found:
             return Base(shown, source, family, **found)
     known = ", ".join(lookup.names("families"))
-    raise UserError("E-BASE-03", f"a model of no family that is known here ({known})", path, "see the README for the bases that work")
+    what = f"a model of no family that is known here ({known})"
+    raise UserError("E-BASE-03", what, source.path, "see the README for the bases that work")
 
 
 def _opened(path: Path) -> Source:
@@ -137,7 +165,7 @@ def _opened(path: Path) -> Source:
         return SingleFile(path)
     if not (path / INDEX).is_file():
         what = "not a model in diffusers layout: it has no model_index.json"
-        raise UserError("E-BASE-02", what, path, "name such a folder, a .safetensors checkpoint, a hub id, or tiny")
+        raise UserError("E-BASE-02", what, path, LAYOUTS)
     return Folder(path)
 
 
@@ -159,6 +187,7 @@ def load(base: Base, device: torch.device, dtype: torch.dtype) -> Family:
 def inspect(base: Base) -> dict[str, Any]:
     """What a base is, from its files: all weights are read, so that nothing missing or broken in them goes unnoticed."""
     found: dict[str, Any] = {"name": base.name, "family": base.family, "size_px": base.size_px, "prediction": base.prediction}
+    found |= {"prediction_is_read": base.said} | ({"revision": base.revision} if base.revision else {})
     try:
         formats = base.source.precision("unet")
         loaded = load(base, torch.device("cpu"), DTYPES.get(formats[0], torch.float32) if formats else torch.float32)
@@ -187,7 +216,7 @@ def _check_finite(family: Family) -> None:
         raise UserError("E-BASE-13", what, family.base.source.path, "get the model again; or set train.precision to fp32")
 
 
-def _download(name: str) -> Path:
+def _download(name: str, half: bool) -> Folder:
     if not hub.is_id(name):
         raise UserError(
             "E-BASE-01",
@@ -196,7 +225,12 @@ def _download(name: str) -> Path:
             "use tiny, a diffusers folder, a .safetensors checkpoint, or a hub id",
         )
     try:
-        return hub.download(name, FILES)
+        files = hub.listed(name)
+        pickled = next(only_pickled(files), None)
+        if pickled:
+            raise UserError("E-BASE-08", "only pickled weights, which can run code and are never opened", f"{name}/{pickled}", CONVERT)
+        chosen = needed(files, half)
+        path = hub.download(name, chosen)
     except hub.UnreachableError as error:
         raise UserError(
             "E-BASE-06",
@@ -204,3 +238,6 @@ def _download(name: str) -> Path:
             "base",
             "check the name and the connection, or name a folder",
         ) from error
+    if INDEX not in files:
+        raise UserError("E-BASE-02", "not a model in diffusers layout: it has no model_index.json", name, LAYOUTS)
+    return Folder(path, chosen)

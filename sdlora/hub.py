@@ -10,8 +10,8 @@ class UnreachableError(Exception):
 
 
 def is_id(name: str) -> bool:
-    """Whether a model could be called so there: owner/name."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    """Whether a model could be called so there: owner/name, or owner/name@revision."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) is not None
 
 
 def kept(name: str, file: str) -> Path | None:
@@ -22,11 +22,34 @@ def kept(name: str, file: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+def listed(name: str) -> list[str]:
+    """The files of a model; those that were downloaded before, where the hub cannot be asked. Raises `UnreachableError`."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    place, _, revision = name.partition("@")
+    try:
+        return [*HfApi().list_repo_files(place, revision=revision or None)]
+    except RevisionNotFoundError as error:
+        raise UnreachableError(f'it has no revision "{revision}"') from error
+    except Exception as error:  # the hub's client raises whatever its layers raise; the user needs one sentence
+        try:
+            folder = Path(snapshot_download(place, revision=revision or None, local_files_only=True))
+        except Exception:  # the first reason is the one that helps
+            raise UnreachableError(_reason(error)) from error
+        return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
 def download(name: str, files: Sequence[str]) -> Path:
-    """The folder that holds those files of a model, which may be patterns. Raises `UnreachableError`."""
+    """The folder that holds those files of a model, which may be patterns; it is called by the revision. Raises `UnreachableError`."""
     from huggingface_hub import snapshot_download
 
+    place, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
-    except Exception as error:  # the hub's client raises whatever its layers raise; the user needs one sentence
-        raise UnreachableError(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__) from error
+        return Path(snapshot_download(place, revision=revision or None, allow_patterns=list(files)))
+    except Exception as error:  # as above
+        raise UnreachableError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

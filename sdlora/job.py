@@ -31,7 +31,7 @@ from sdlora.trackers import Trackers
 from sdlora.train import Goal, Learner, Setup
 from sdlora.validation import HeldOut
 
-FIXED = ("base", "adapter", "name", "kind", "seed")
+FIXED = ("base", "vae", "text", "adapter", "name", "kind", "seed")
 """What of a run's settings no resumed run may change."""
 REPORTED = ("preview", "stopped", "done")
 """Events after which the report is written anew."""
@@ -46,13 +46,14 @@ def run(settled: Run, base: Base, out: Path, stop: Stop | None = None) -> Iterat
     check_optimizer(settled)
     trackers = Trackers(settled.train.trackers, settled.name, out / "trackers")
     with lock.held(out) as unlocked:
-        notes = check_folder(settled, out)
         kept = store.usual(out / "cache")
         found = ledger.read_dataset(settled, out / "cache", kept)
         loaded = family.load(base, accelerator.device, dtype)
-        check_objective(settled, loaded)
-        job = Job(settled, base, out, began, ledger.fit_dataset(found, settled, loaded), pieces(settled, loaded), kept)
-        doubtful = [Event("warning", doubt) for doubt in doubts(settled, loaded, job.pieces)]
+        dataset = ledger.fit_dataset(found, settled, loaded)
+        settled, heard = check_objective(settled, loaded, dataset, kept)
+        notes = check_folder(settled, out)
+        job = Job(settled, loaded.base, out, began, dataset, pieces(settled, loaded), kept)
+        doubtful = [Event("warning", doubt) for doubt in [*heard, *doubts(settled, loaded, job.pieces)]]
         prepare_folder(settled, out, accelerator.device)
         log = Log(out / "events.jsonl")
         said = [Event("note", note) for note in notes] + [Event("warning", unlocked)] * bool(unlocked) + doubtful
@@ -197,7 +198,7 @@ def _finish(job: Job, tensors: dict[str, Tensor], latents: Latents, step: int, s
     if settled.preview.scales:
         rows, scales = preview.strip(studio, settled, name), settled.preview.scales
         thumbnail = rows[0][1 + min(range(len(scales)), key=lambda i: abs(scales[i] - 1))]
-        texts = {"sdlora": json.dumps(metadata.public(settled, job.base.name))}
+        texts = {"sdlora": json.dumps(metadata.public(settled, job.base))}
         sheet = pictures.encode(preview.sheet(rows, settled, job.base.name), texts)
         yield from patiently(lambda: safeio.write(job.out / "strip.png", sheet), stop)
         data = preview.likeness(studio, settled, name, job.dataset, latents)

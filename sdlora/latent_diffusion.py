@@ -16,6 +16,8 @@ from sdlora.source import WHOLE, Source
 ATTENTION = ("unet.*.attn[12].to_[qkv]", "unet.*.attn[12].to_out.0")
 SCHEDULE: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 """How these models are sampled, whatever scheduler wrote their config and thus left it out."""
+PREDICTIONS = {"velocity": "v_prediction"}
+"""What schedulers call what a network predicts, where that is not the objective's name."""
 UNKNOWN = {"modelspec.architecture": "sdlora-tiny/lora", "ss_base_model_version": "sdlora_tiny", "ss_v2": "False"}
 """What a pack says whose base is of a family's structure, but not of its size."""
 
@@ -30,7 +32,7 @@ def recognised(source: Source, pipeline: str, text_encoder: str = "CLIPTextModel
         return None
     size_px = int(unet.get("sample_size", 64)) * 2 ** (len(vae.get("block_out_channels", [0])) - 1)
     said = str(source.config("scheduler").get("prediction_type", "epsilon"))
-    return {"size_px": size_px, "prediction": "velocity" if said == "v_prediction" else said}
+    return {"size_px": size_px, "prediction": "velocity" if said == "v_prediction" else said, "said": source.says_prediction()}
 
 
 class LatentDiffusion(Family):
@@ -45,9 +47,11 @@ class LatentDiffusion(Family):
     prefixes: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder": "lora_te"}
     cross_attention_dim: ClassVar[int]
     """Of the true model; other programs know it by this."""
+    last_layer: ClassVar[int] = 1
+    """Of the text encoders' layers the one that it was trained on, counted from their end."""
 
     def __init__(self, base: Base, device: torch.device, dtype: torch.dtype) -> None:
-        self.base, self.device, self.prediction = base, device, base.prediction
+        self.base, self.device = base, device
         self.unet = base.source.model(UNet2DConditionModel, "unet", dtype).to(device)
         # The autoencoder overflows in fp16 and loses detail in bf16; it is small and used seldom.
         self.vae = base.source.model(AutoencoderKL, "vae", torch.float32).to(device)
@@ -55,8 +59,8 @@ class LatentDiffusion(Family):
         self.components = {"unet": self.unet}
         self.tokenizers: list[Any] = []
         self.text_encoder = self._add_text(CLIPTextModel, "", dtype)
-        self.alphas_cumprod = self.new_scheduler().alphas_cumprod.to(device)
-        self.most_tokens = int(self.text_encoder.config.max_position_embeddings) - 2  # beside the marks of begin and end
+        self.row_tokens = int(self.text_encoder.config.max_position_embeddings)  # that the text encoder reads at once
+        self.take_for(base)
         self.latent_channels = int(self.vae.config.latent_channels)
         self.latent_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.step_px = self.latent_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
@@ -69,11 +73,19 @@ class LatentDiffusion(Family):
         if words != rows:
             what = f"its tokenizer{suffix} knows {words} tokens and its text_encoder{suffix} {rows}: they do not belong together"
             raise UserError("E-BASE-12", what, source.path, WHOLE)
+        deepest = encoder.config.num_hidden_layers + 1 - self.last_layer
+        if self.base.text.clip_skip > deepest:
+            what = f"text.clip_skip = {self.base.text.clip_skip}, and its text_encoder{suffix} has layers for 1 to {deepest}"
+            raise UserError("E-TEXT-01", what, "text.clip_skip", "set it lower; 1 is the layer that the base was trained on")
         # transformers 5.6 took `text_model.` out of the module names, but every reader of packs expects it.
         nested = hasattr(encoder, "text_model")
         self.components[f"text_encoder{suffix}"] = encoder if nested else nn.ModuleDict({"text_model": encoder})
         self.tokenizers.append(tokenizer)
         return encoder
+
+    def take_for(self, base: Base) -> None:
+        super().take_for(base)
+        self.most_tokens = (self.row_tokens - 2) * base.text.chunks  # beside the marks of begin and end
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,15 +99,29 @@ class LatentDiffusion(Family):
         return pixels
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
-        options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": self.most_tokens + 2, "return_tensors": "pt"}
-        return torch.cat([tokenizer(list(captions), **options).input_ids for tokenizer in self.tokenizers], 1).to(self.device)
+        rows = [[self._row(tokenizer, caption) for caption in captions] for tokenizer in self.tokenizers]
+        return torch.cat([torch.tensor(one) for one in rows], 1).to(self.device)
+
+    def _row(self, tokenizer: Any, caption: str) -> list[int]:
+        """The tokens of a caption in pieces, each between the marks of begin and end, and filled up after them."""
+        ids = tokenizer(caption, add_special_tokens=False, verbose=False).input_ids
+        row: list[int] = []
+        for start in range(0, self.most_tokens, self.row_tokens - 2):
+            piece = ids[start : start + self.row_tokens - 2]
+            filling = [tokenizer.pad_token_id] * (self.row_tokens - 2 - len(piece))
+            row += [tokenizer.bos_token_id, *piece, tokenizer.eos_token_id, *filling]
+        return row
 
     def spans(self, caption: str) -> list[tuple[int, int]]:
         return [*self.tokenizers[0](caption, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping]
 
     def states(self, tokens: Tensor) -> Tensor:
-        states: Tensor = self.text_encoder(tokens).last_hidden_state
-        return states
+        said = self.text_encoder(tokens.reshape(-1, self.row_tokens), output_hidden_states=True)
+        states: Tensor = said.last_hidden_state
+        if self.base.text.clip_skip > 1:
+            text: Any = self.components["text_encoder"]
+            states = text.text_model.final_layer_norm(said.hidden_states[-self.base.text.clip_skip])
+        return states.reshape(len(tokens), -1, states.shape[2])
 
     def predict(self, x: Tensor, t: Tensor, states: Tensor, frame: Tensor | None = None) -> Tensor:  # noqa: ARG002
         prediction: Tensor = self.unet(x.to(self.unet.dtype), t, states).sample
@@ -104,6 +130,9 @@ class LatentDiffusion(Family):
     def new_scheduler(self) -> DDIMScheduler:
         known = inspect.signature(DDIMScheduler.__init__).parameters
         config = {key: value for key, value in self.base.source.config("scheduler").items() if key in known}
+        config["prediction_type"] = PREDICTIONS.get(self.base.prediction, self.base.prediction)
+        if self.base.zero_snr:
+            config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return DDIMScheduler.from_config({**SCHEDULE, **config})
 
     def architecture(self) -> dict[str, str]:

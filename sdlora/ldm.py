@@ -95,6 +95,9 @@ class SingleFile(Source):
         length = self.config(f"text_encoder{suffix}")["max_position_embeddings"]
         return CLIPTokenizer(vocab=found[0], merges=found[1], pad_token=pad, unk_token="<|endoftext|>", model_max_length=length)
 
+    def says_prediction(self) -> bool:
+        return V_MARK in self.shapes or bool(self.said.get("modelspec.prediction_type"))
+
     def _place(self, part: str) -> str:
         """What the names of a component's tensors begin with."""
         return {"unet": UNET, "vae": VAE}.get(part) or self.text[part.removeprefix("text_encoder")]

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdlora import lookup
+from sdlora import lookup, probe
 from sdlora.adapter import Bank, Piece, choose_sites
-from sdlora.config import Run
+from sdlora.config import Run, parse
 from sdlora.data import cache, captions, masks
 from sdlora.data.batches import Prepared
 from sdlora.data.ledger import Dataset
@@ -29,6 +29,10 @@ T = TypeVar("T")
 Latents = Sequence[Sequence[tuple[Tensor, Tensor]]]
 """Mean and standard deviation (C, h, w) of each picture's variants."""
 HIGH_RATE = 0.1
+SPOKEN = ("epsilon", "velocity")
+"""What networks of the known families predict; a probe tells them apart."""
+PROBED = 4
+"""Pictures that it looks at."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,53 @@ class Job:
     kept: Store = field(default_factory=Store)  # what earlier runs computed
 
 
-def check_objective(settled: Run, loaded: Family) -> None:
-    """Whether the network is asked for what it says: an adapter cannot turn the one into the other."""
-    kind = noising(settled).kind
-    if kind != loaded.prediction:
-        what = f"the base predicts {loaded.prediction} and the objective is {kind}: its pictures would be noise"
-        todo = f"set objective.kind={loaded.prediction}" if loaded.prediction in lookup.names("objectives") else "choose another base"
-        raise UserError("E-OBJ-01", what, loaded.base.name, todo)
+def check_objective(settled: Run, loaded: Family, dataset: Dataset, kept: Store) -> tuple[Run, list[str]]:
+    """The run whose objective is what the network says, as which the base is taken from here on; and what of that is worth a warning.
+
+    An adapter cannot turn a network that says the one into one that says the other. The network is asked only where the base's files
+    do not say, or say otherwise than the settings; `UserError` where it contradicts the settings.
+    """
+    kind, base = noising(settled).kind, loaded.base
+    if base.said and kind == base.prediction:
+        return settled, []
+    what = f"the base predicts {base.prediction} and the objective is {kind}: its pictures would be noise"
+    todo = f"set objective.kind={base.prediction}" if base.prediction in lookup.names("objectives") else "choose another base"
+    if kind not in SPOKEN or base.prediction not in SPOKEN or (base.said and settled.probe == "off"):
+        raise UserError("E-OBJ-01", what, base.name, todo)
+    if settled.probe == "off":
+        loaded.take_for(replace(base, prediction=kind))
+        return settled, [f"no file of the base says what it predicts: it is taken for {kind}, unasked"]
+    found = probe.measure(loaded, _probed(settled, loaded, dataset, kept))
+    said = found.prediction
+    if said is None and not base.said:
+        loaded.take_for(replace(base, prediction=kind))
+        what = f"no file of the base says what it predicts, and a probe cannot tell ({found.figures()}): it is taken for {kind}"
+        return settled, [f"{what}; if pictures come out as noise, set objective.kind"]
+    if base.said and said != kind:
+        raise UserError("E-OBJ-01", f"{what} ({found.figures()})", base.name, todo)
+    if said != kind and settled.probe == "refuse":
+        what = f"the base was measured to predict {said} and the objective is {kind}: its pictures would be noise ({found.figures()})"
+        raise UserError("E-OBJ-01", what, base.name, f"set objective.kind={said}")
+    loaded.take_for(replace(base, prediction=said or kind, zero_snr=bool(found.zero_snr)))
+    end = {True: ", by a schedule that ends at noise alone", False: "", None: ""}[found.zero_snr]
+    who = f"the base's files say {base.prediction}, but it" if base.said else "no file of the base says what it predicts; it"
+    return _with_objective(settled, loaded.prediction), [f"{who} was measured to predict {said}{end} ({found.figures()})"]
+
+
+def _with_objective(settled: Run, kind: str) -> Run:
+    """The run with an objective of another kind, which keeps the settings that both have."""
+    fields, table = lookup.find("objectives", kind).Config.model_fields, settled.model_dump()
+    objective = {name: value for name, value in table["objective"].items() if name in fields}
+    return parse({**table, "objective": {**objective, "kind": kind}})
+
+
+def _probed(settled: Run, loaded: Family, dataset: Dataset, kept: Store) -> list[probe.Sample]:
+    """A few of the run's pictures, as it would train on them."""
+    items, ways = dataset.account.used[:PROBED], [some[:1] for some in dataset.variants[:PROBED]]
+    latents = cache.latents(items, ways, settled.data.ground, loaded, kept)
+    tokens = loaded.tokens([captions.final(item, settled, 0) for item in items])
+    rows = zip(items, ways, latents, tokens, strict=True)
+    return [probe.Sample(encoded[0][0], row, frame(item, way[0]), item.look.digest) for item, way, encoded, row in rows]
 
 
 def check_optimizer(settled: Run) -> None:

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ CONVERT = (
 VARIANT = "fp16"
 """Some folders hold no other weights."""
 INDEX = "model_index.json"
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+WEIGHTS = re.compile(r"[A-Za-z_]+(\.fp16)?(-\d+-of-\d+)?\.safetensors")
+"""Names of weight files, in full precision or half of it; whatever else lies beside them (`non_ema`, other formats) is not needed."""
 
 
 class Source(ABC):
@@ -49,12 +53,16 @@ class Source(ABC):
     def tokenizer(self, part: str) -> CLIPTokenizer:
         """A tokenizer, `tokenizer` or `tokenizer_2`."""
 
+    @abstractmethod
+    def says_prediction(self) -> bool:
+        """Whether anything in the files says what the network predicts; else `config("scheduler")` has what is usual."""
+
 
 class Folder(Source):
-    """A folder in diffusers layout."""
+    """A folder in diffusers layout; of its files only `chosen` count, by their paths inside it, where such are named."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, chosen: Collection[str] | None = None) -> None:
+        self.path, self.chosen = path, chosen
         code = next(iter([*path.glob("*.py"), *path.glob("*/*.py")]), None)
         if code:
             what = "this model brings code of its own, which is never run here"
@@ -72,7 +80,7 @@ class Folder(Source):
         return digest.hexdigest()
 
     def model(self, kind: Any, part: str, dtype: DType) -> Any:
-        folder = self.path / part
+        folder = self._at(part)
         self._check_class(kind.__name__, part)
         files = self._files(part)
         if not files:
@@ -88,7 +96,7 @@ class Folder(Source):
             "local_files_only": True,
             "variant": VARIANT if f".{VARIANT}" in files[0].name else None,
         }
-        model, told = kind.from_pretrained(str(self.path), subfolder=part, output_loading_info=True, **options)
+        model, told = kind.from_pretrained(str(folder), output_loading_info=True, **options)
         check_complete(part, folder, told["missing_keys"])
         return model
 
@@ -98,9 +106,18 @@ class Folder(Source):
     def precision(self, part: str) -> list[str]:
         return precisions(one for path in self._files(part) for one in header(path)[0].values())
 
+    def says_prediction(self) -> bool:
+        return "prediction_type" in self.config("scheduler")
+
+    def _at(self, part: str) -> Path:
+        """Where a component lies."""
+        return self.path / part
+
     def _files(self, part: str) -> list[Path]:
         """The files that hold a component's weights: of several versions the plain one."""
-        found = [path for path in sorted((self.path / part).glob("*.safetensors")) if "non_ema" not in path.name]
+        found = [path for path in sorted(self._at(part).glob("*.safetensors")) if "non_ema" not in path.name]
+        if self.chosen is not None:
+            found = [path for path in found if path.relative_to(self.path).as_posix() in self.chosen]
         return [path for path in found if f".{VARIANT}" not in path.name] or found
 
     def _check_class(self, wanted: str, part: str) -> None:
@@ -110,6 +127,26 @@ class Folder(Source):
         if other is not None:
             what = f"its {part} is called {other}, where this family has {wanted}"
             raise UserError("E-BASE-10", what, self.path / part / "config.json", "get the model again from where it was published")
+
+
+def needed(files: Sequence[str], half: bool, parts: Sequence[str] = PARTS) -> list[str]:
+    """What is needed of the files of a model in diffusers layout: of each component's weights one version, in half precision if asked."""
+    found = [name for name in files if name == INDEX]
+    for part in parts:
+        inside = [name for name in files if name.rpartition("/")[0] == part]
+        weights = {name: match for name in inside if (match := WEIGHTS.fullmatch(name.rpartition("/")[2]))}
+        versions = [[name for name, match in weights.items() if bool(match[1]) == version] for version in (half, not half)]
+        found += [name for name in inside if name.endswith((".json", ".txt")) and name not in found]
+        found += versions[0] or versions[1]
+    return found
+
+
+def only_pickled(files: Sequence[str], parts: Sequence[str] = PARTS) -> Iterator[str]:
+    """Of the components that have weights, but none that can be opened: a file of each."""
+    for part in parts:
+        inside = [name for name in files if name.rpartition("/")[0] == part]
+        if not any(name.endswith(".safetensors") for name in inside):
+            yield from [name for name in inside if name.endswith(PICKLES)][:1]
 
 
 def check_complete(part: str, where: Path, missing: Any) -> None:

@@ -1,7 +1,7 @@
 """One base in memory, any number of packs on it, pictures on demand: what the command line and the web page generate with."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,11 @@ class Studio:
     family: Family
     bank: Bank
     packs: dict[str, file.Pack]
+    own: Base = field(init=False)
+    """What the base is, and how it is read, when no pack says otherwise."""
+
+    def __post_init__(self) -> None:
+        self.own = self.family.base
 
     @classmethod
     def open(cls, base: Base, dtype: torch.dtype | None = None) -> "Studio":
@@ -34,17 +39,27 @@ class Studio:
         return cls(loaded, Bank(loaded.components), {})
 
     def add(self, pack: file.Pack) -> str:
-        """Put a pack on the base, off until a recipe names it; returns the name it goes by."""
+        """Put a pack on the base, off until a recipe names it; returns the name it goes by.
+
+        The first one also says how prompts are read, and what the base predicts if its files do not.
+        """
         name = pack.name
         while name in self.packs:
             name += "+"
         file.attach(pack, name, self.bank, self.family)
+        if not self.packs:
+            self.family.take_for(file.as_trained(pack, self.own))
         self.packs[name] = pack
         return name
+
+    def otherwise_read(self) -> list[str]:
+        """The packs that were trained on prompts read in another way than they are here."""
+        return [name for name, pack in self.packs.items() if pack.reading not in (None, self.family.base.text)]
 
     def remove(self, name: str) -> None:
         self.bank.remove(name)
         del self.packs[name]
+        self.family.take_for(file.as_trained(next(iter(self.packs.values())), self.own) if self.packs else self.own)
 
     def recipe(self, prompt: str, size: str = "", guidance: float | None = None, **rest: object) -> Recipe:
         """A checked recipe; what is left open is the base's own: size "WxH" in px, guidance."""

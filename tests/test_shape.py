@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "lookup", "settings", "randomness", "safeio", "lock", "stop", "events", "hub", "defaults", "config",
-    "adapter", "lowrank", "source", "ldm", "family", "latent_diffusion", "objective", "optimizer", "captioner",
+    "adapter", "lowrank", "source", "ldm", "vae", "family", "latent_diffusion", "objective", "optimizer", "captioner",
     "families", "adapters", "objectives", "optimizers", "captioners",
-    "devices", "data", "generate", "schedule", "packs", "pictures", "score",
+    "devices", "data", "probe", "generate", "schedule", "packs", "pictures", "score",
     "record", "charts", "report", "trackers",
     "train", "state", "validation", "diagnose", "studio", "preview", "priors", "estimate",
     "course", "learners", "job", "api", "terminal", "verbs", "cli",
@@ -24,6 +24,7 @@ CHOICES = ("families", "adapters", "objectives", "optimizers", "captioners")
 LATE_IMPORTS = {
     ("sdlora.hub", "download"),
     ("sdlora.hub", "kept"),
+    ("sdlora.hub", "listed"),
     ("sdlora.config", "_is_a_colour"),
     ("sdlora.config", "_are_known"),
     ("sdlora.lock", "_lock"),

@@ -175,7 +175,8 @@ class Easel:
     def _draw(self, subject: Subject, studio: Studio, recipes: list[Recipe]) -> list[Picture]:
         """The pictures of one batch. A picture belongs to its batch's size: its last bits depend on it."""
         owners = [subject.found if recipe.scales else None for recipe in recipes]
-        wanted: list[Key] = [(subject.base, owner, recipe, len(recipes)) for owner, recipe in zip(owners, recipes, strict=True)]
+        base = subject.base, studio.family.base.text, studio.family.prediction  # a pack says how prompts are read on it
+        wanted: list[Key] = [(*base, owner, recipe, len(recipes)) for owner, recipe in zip(owners, recipes, strict=True)]
         kept = [picture for picture in map(self._pictures.get, wanted) if picture and picture.path.is_file()]  # /tmp may be swept
         if len(kept) == len(recipes):
             return kept

@@ -82,6 +82,8 @@ def key(content: Tensor, encoder: str) -> str:
 def _identity(family: Family, parts: Sequence[str]) -> str:
     """What an encoder's output depends on but its input: weights, settings, arithmetic and device."""
     said = [family.device.type]
+    if any(part in family.components for part in parts):
+        said.append(f"clip skip {family.base.text.clip_skip}")
     for part in parts:
         said.append(family.base.fingerprint(part))
         said.append(hashlib.sha256(json.dumps(family.base.source.config(part), sort_keys=True).encode()).hexdigest())

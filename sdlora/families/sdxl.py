@@ -50,16 +50,19 @@ class SDXL(LatentDiffusion):
         **{f"unet.{ours}": f"lora_unet_{theirs.replace('.', '_')}" for ours, theirs in original_names()},
     }
     cross_attention_dim: ClassVar = 2048
+    last_layer: ClassVar = 2
 
     def __init__(self, base: Base, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(base, device, dtype)
         self.text_encoder_2 = self._add_text(CLIPTextModelWithProjection, "_2", dtype)
 
     def states(self, tokens: Tensor) -> Tensor:
-        first, second = tokens.chunk(2, 1)
+        first, second = (half.reshape(-1, self.row_tokens) for half in tokens.chunk(2, 1))
         one, two = self.text_encoder(first, output_hidden_states=True), self.text_encoder_2(second, output_hidden_states=True)
-        rows = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1)
-        pooled: Tensor = two.text_embeds
+        layer = -(self.base.text.clip_skip + 1)
+        rows = torch.cat([one.hidden_states[layer], two.hidden_states[layer]], -1)
+        rows = rows.reshape(len(tokens), -1, rows.shape[2])
+        pooled: Tensor = two.text_embeds[:: self.base.text.chunks]  # of the first piece
         return torch.cat([rows, nn.functional.pad(pooled, (0, rows.shape[2] - pooled.shape[1]))[:, None]], 1)
 
     def predict(self, x: Tensor, t: Tensor, states: Tensor, frame: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from sdlora import lookup, safeio
 from sdlora.adapter import Bank
 from sdlora.errors import NUMBERS, UserError
-from sdlora.family import Family
+from sdlora.family import Base, Family, Reading
 from sdlora.packs import keys
 
 MAX_BYTES = 4 * 2**30
@@ -39,6 +39,16 @@ class Pack:
     @property
     def trigger(self) -> str:
         return self.metadata.get("modelspec.trigger_phrase", "")
+
+    @property
+    def reading(self) -> Reading | None:
+        """How texts were read in its training; None where it does not say."""
+        try:
+            text = json.loads(self.metadata.get("sdlora.config", "{}"))["text"]
+            said = Reading(int(text["clip_skip"]), int(text["chunks"]))
+        except (ValueError, LookupError, TypeError):
+            return None
+        return said if 1 <= said.clip_skip <= 32 and 1 <= said.chunks <= 4 else None
 
     @property
     def recommended_scale(self) -> float:
@@ -145,3 +155,12 @@ def attach(pack: Pack, name: str, bank: Bank, family: Family) -> None:
 def _zeros(_: str) -> Any:
     """A stream for weights that are replaced at once."""
     return np.random.Generator(np.random.Philox(key=0))
+
+
+def as_trained(pack: Pack, base: Base) -> Base:
+    """The base as it was when a pack was trained on it: how texts are read, and what it predicts where its own files do not say so."""
+    as_read = replace(base, text=pack.reading or base.text)
+    prediction = pack.metadata.get("sdlora.prediction")
+    if prediction not in ("epsilon", "velocity") or (base.said and pack.base != base.name):
+        return as_read
+    return replace(as_read, prediction=prediction, zero_snr=pack.metadata.get("sdlora.zero_terminal_snr") == "True")

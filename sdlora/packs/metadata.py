@@ -13,7 +13,7 @@ from PIL import Image
 
 from sdlora import lookup
 from sdlora.config import Run
-from sdlora.family import Family
+from sdlora.family import Base, Family
 from sdlora.optimizer import Optimizing
 
 CLOCK = ("modelspec.date", "ss_training_started_at", "ss_training_finished_at")
@@ -59,7 +59,7 @@ def describe(run: Run, family: Family, facts: Facts, sha256: str) -> dict[str, s
         "ss_output_name": run.name,
         "ss_sd_model_name": family.base.name,
         "ss_resolution": f"({side}, {side})",
-        "ss_clip_skip": None,
+        "ss_clip_skip": run.text.clip_skip if run.text.clip_skip > 1 else None,
         "ss_seed": run.seed,
         "ss_num_train_images": facts.pictures,
         "ss_steps": facts.steps,
@@ -80,20 +80,26 @@ def describe(run: Run, family: Family, facts: Facts, sha256: str) -> dict[str, s
         "ss_training_finished_at": facts.finished_at,
         "sdlora.base": family.base.name,
         "sdlora.base_unet_sha256": family.base.fingerprint("unet"),
+        "sdlora.prediction": family.base.prediction,
+        "sdlora.zero_terminal_snr": float(family.alphas_cumprod[-1]) < 1e-6,
         "sdlora.kind": run.kind,
         "sdlora.adapter": adapter["kind"],
         "sdlora.recommended_scale": facts.recommended_scale,
-        "sdlora.config": json.dumps(public(run, family.base.name)),
+        "sdlora.config": json.dumps(public(run, family.base)),
     }
+    if family.base.revision:
+        fields["sdlora.base_revision"] = family.base.revision
+    if family.base.vae:
+        fields |= {"ss_vae_name": family.base.vae, "sdlora.vae": family.base.vae, "sdlora.vae_sha256": family.base.fingerprint("vae")}
     if facts.thumbnail is not None:
         fields["modelspec.thumbnail"] = data_url(facts.thumbnail)
     return {key: str(value) for key, value in sorted(fields.items())}
 
 
-def public(run: Run, base: str) -> dict[str, Any]:
+def public(run: Run, base: Base) -> dict[str, Any]:
     """The settings without what would tell where the user keeps things."""
     table = run.model_dump()
-    table["base"] = base
+    table |= {"base": base.name, "vae": base.vae}
     del table["data"]["folder"]
     for folder in table["data"]["folders"]:
         del folder["folder"]

@@ -29,7 +29,8 @@ def inspect(
         if as_json:
             typer.echo(json.dumps(found, indent=1))
         else:
-            say(f"{found['name']}: {found['family']}, made for {found['size_px']} px, predicts {found['prediction']}")
+            how = "" if found["prediction_is_read"] else " (assumed: no file of it says so; a run measures it)"
+            say(f"{found['name']}: {found['family']}, made for {found['size_px']} px, predicts {found['prediction']}{how}")
             for part, one in found.get("components", {}).items():
                 say(f"{part}: {one['parameters']:,} parameters in {one['precision']}, SHA-256 {one['sha256']}")
             say("complete" if found["complete"] else f"not usable: {found['problem']}")
