@@ -79,7 +79,7 @@ def cast(runs: Sequence[Run], folder: Path, dtype: torch.dtype) -> Cast:
 
 def job_of(run: Run, base: family.Base, loaded: family.Family, folder: Path) -> learners.Job:
     dataset = ledger.fit_dataset(ledger.read_dataset(run, folder / "cache"), run, loaded)
-    return learners.Job(run, base, folder, 0.0, dataset, learners.sites(run, loaded))
+    return learners.Job(run, base, folder, 0.0, dataset, learners.pieces(run, loaded))
 
 
 def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
