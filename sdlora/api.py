@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdlora import config, devices, estimate, family, job, learners, lookup, pictures, priors, record, safeio, settings
+from sdlora import cast, config, devices, estimate, family, learners, lookup, pictures, priors, record, safeio, settings
 from sdlora.config import Run
 from sdlora.data import captioning, edits, ledger, page, store
 from sdlora.data.captioning import Captioning
@@ -87,7 +87,7 @@ def train(run: Run, out: Path, stop: Stop | None = None) -> Iterator[Event]:
 
     A run is stopped by setting `stop.stop`, or by a file called `stop` in its folder: it saves, and `stopped` is its last event.
     """
-    return job.run(run, base_of(run), out, stop)
+    return cast.run(run, base_of(run), out, stop)
 
 
 def base_of(run: Run) -> Base:

@@ -66,7 +66,7 @@ def tiny() -> Family:
 @pytest.fixture
 def speaking(tiny: Family, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Family]:
     """The embedded base, which truly predicts noise, with a network made of its own, and files that say this or nothing."""
-    usual, own = tiny.base, tiny.unet  # type: ignore[attr-defined]
+    usual, own = family.find("tiny"), tiny.unet  # type: ignore[attr-defined]
 
     def made(network: str, said: bool, prediction: str = "epsilon") -> Family:
         tiny.take_for(dataclasses.replace(usual, said=said, prediction=prediction))
@@ -100,6 +100,9 @@ def test_what_nobody_says_is_measured(speaking: Callable[..., Family], network: 
     assert loaded.new_scheduler().config.prediction_type == {"velocity": "v_prediction"}.get(prediction, prediction)
     assert f"measured to predict {prediction}" in told[0]
     assert ("noise alone" in told[0]) == zero_snr
+    base = loaded.base
+    checked(loaded, objective__kind=assumed, probe="choose")
+    assert loaded.base == base, "another run over the same loaded base finds the same"
 
 
 def test_an_untrained_network_cannot_be_told(speaking: Callable[..., Family]) -> None:
