@@ -8,14 +8,13 @@ import json
 import platform
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdlora import devices, estimate, family, lock, lookup, pictures, preview, priors, report, safeio, settings, state
+from sdlora import devices, estimate, export, family, lock, lookup, pictures, preview, priors, report, safeio, settings, state
 from sdlora.adapter import Bank
 from sdlora.config import Run, flat, parse, to_toml
 from sdlora.course import Course
@@ -24,7 +23,7 @@ from sdlora.errors import UserError
 from sdlora.events import Event, Log, patiently
 from sdlora.family import Base, Family
 from sdlora.learners import Job, Latents, adapted, check_objective, check_optimizer, doubts, given, new_learner, noising, pieces
-from sdlora.packs import file, metadata
+from sdlora.packs import file, metadata, privacy
 from sdlora.stop import Stop
 from sdlora.studio import Studio
 from sdlora.trackers import Trackers
@@ -133,6 +132,7 @@ def _train(job: Job, loaded: Family, accelerator: Accelerator, stop: Stop) -> It
     latents = cache.latents(dataset.account.used, dataset.variants, settled.data.ground, loaded, job.kept)
     bank = Bank(loaded.components)
     learner = new_learner(job, loaded, bank, accelerator, latents)
+    export.foresee(settled, loaded, file.tensors_of(bank, settled.name, loaded), dataset)
     if job.kept.note:
         yield Event("warning", job.kept.note)
     yield Event("note", adapted(bank, settled.name, loaded))
@@ -202,8 +202,10 @@ def _finish(job: Job, tensors: dict[str, Tensor], latents: Latents, step: int, s
         yield from patiently(lambda: safeio.write(job.out / "strip.png", sheet), stop)
         data = preview.likeness(studio, settled, name, job.dataset, latents)
         yield Event("note", preview.learnt(data), data=data)
-    facts = metadata.Facts(len(set(job.dataset.pool)), step, job.began, time.time(), job.dataset.buckets, thumbnail)
+    hidden = privacy.secrets(job.dataset, settled)
+    facts = metadata.Facts(len(set(job.dataset.pool)), step, job.began, time.time(), job.dataset.buckets, thumbnail, hidden)
     path = job.out / f"{settled.name}.safetensors"
-    describe = partial(metadata.describe, settled, studio.family, facts)
+    describe, told = export.describing(settled, studio.family, tensors, facts)
+    yield from told
     yield from patiently(lambda: file.save(path, tensors, describe), stop)
     yield Event("done", str(path), step=step, data={"seconds": round(time.time() - job.began, 1), **data})

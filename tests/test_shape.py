@@ -17,7 +17,7 @@ LAYERS = [
     "devices", "data", "generate", "schedule", "packs", "pictures", "score",
     "record", "charts", "report", "trackers",
     "train", "state", "validation", "diagnose", "studio", "preview", "priors", "estimate",
-    "course", "learners", "job", "api", "terminal", "verbs", "cli",
+    "course", "learners", "export", "job", "api", "terminal", "verbs", "cli",
 ]  # fmt: skip
 """Bottom up; a module imports only from modules before its own."""
 CHOICES = ("families", "adapters", "objectives", "optimizers", "captioners")
