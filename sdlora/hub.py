@@ -1,7 +1,8 @@
-"""Models from the hub, downloaded once and kept by huggingface_hub; the one place that uses the network."""
+"""Models from the hub, downloaded once and kept by huggingface_hub, and packs sent there; the one place that uses the network."""
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -22,11 +23,30 @@ def kept(name: str, file: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def download(name: str, files: Sequence[str]) -> Path:
+def download(name: str, files: Sequence[str], revision: str = "") -> Path:
     """The folder that holds those files of a model, which may be patterns. Raises `UnreachableError`."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
+        return Path(snapshot_download(name, allow_patterns=list(files), revision=revision or None))
     except Exception as error:  # the hub's client raises whatever its layers raise; the user needs one sentence
+        raise UnreachableError(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__) from error
+
+
+def upload(name: str, files: Mapping[str, bytes], private: bool, message: str) -> str:
+    """Put files into a repository of models as one commit, making it if there is none; gives the commit's address.
+
+    The token is that of the environment, `HF_TOKEN`, and no other. Raises `UnreachableError`.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    token = os.environ.get("HF_TOKEN")
+    if not token:
+        raise UnreachableError("HF_TOKEN is not set: it holds the token that may write there")
+    try:
+        api = HfApi(token=token)
+        api.create_repo(name, repo_type="model", private=private, exist_ok=True)
+        operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
+        return str(api.create_commit(name, operations, commit_message=message, repo_type="model").commit_url)
+    except Exception as error:  # as in `download`
         raise UnreachableError(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__) from error

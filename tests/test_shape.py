@@ -17,13 +17,14 @@ LAYERS = [
     "devices", "data", "generate", "schedule", "packs", "pictures", "score",
     "record", "charts", "report", "trackers",
     "train", "state", "validation", "diagnose", "studio", "preview", "priors", "estimate",
-    "course", "learners", "export", "job", "api", "terminal", "verbs", "cli",
+    "course", "learners", "export", "job", "sharing", "api", "terminal", "verbs", "cli",
 ]  # fmt: skip
 """Bottom up; a module imports only from modules before its own."""
 CHOICES = ("families", "adapters", "objectives", "optimizers", "captioners")
 LATE_IMPORTS = {
     ("sdlora.hub", "download"),
     ("sdlora.hub", "kept"),
+    ("sdlora.hub", "upload"),
     ("sdlora.config", "_is_a_colour"),
     ("sdlora.config", "_are_known"),
     ("sdlora.lock", "_lock"),
