@@ -172,8 +172,8 @@ class Packing(Settings):
     """Under which licence it may be used, such as `cc-by-4.0`."""
     tags: list[Annotated[str, Field(min_length=1, pattern="^[^,]*$")]] = Field(default=[])
     """Words by which it is to be found."""
-    scale: Annotated[float, Field(ge=-4, le=4)] | None = None
-    """Scale at which it is best used, which programs take as their default; unset: 1."""
+    recommended_scale: Annotated[float, Field(ge=-4, le=4)] = 1.0
+    """Scale at which it is best used, which programs take as their default."""
     privacy: Literal["public", "shared", "full"] = "public"
     """What its header tells of the pictures. public: no path, name of a file or caption; shared: also how often each tag of the captions
     occurs, for programs that offer them; full: also the names of folders. Every pack is looked through for it before it is written."""
@@ -205,6 +205,7 @@ class Run(Settings):
     validation: Validation = Validation()
     preview: Preview = Preview()
     pack: Packing = Packing()
+    """What the pack says of itself, and of the pictures."""
 
     @field_validator("name", "trigger")
     @classmethod

@@ -49,7 +49,7 @@ LETTERED: dict[str, Any] = {
     "pack__description": "A ball that is called Mira.",
     "pack__license": "cc-by-4.0",
     "pack__tags": ["ball", "round"],
-    "pack__scale": 0.75,
+    "pack__recommended_scale": 0.75,
 }
 
 
@@ -95,7 +95,7 @@ TELLING = {  # of each setting of a pack: another value, and the field that show
     "description": ("Another.", "modelspec.description"),
     "license": ("mit", "modelspec.license"),
     "tags": (["blue"], "modelspec.tags"),
-    "scale": (0.5, "sdlora.recommended_scale"),
+    "recommended_scale": (0.5, "sdlora.recommended_scale"),
     "privacy": ("shared", "ss_tag_frequency"),
     "thumbnail": (False, "modelspec.thumbnail"),
     "force": (True, "sdlora.warnings"),
@@ -265,7 +265,8 @@ def test_an_edit_leaves_every_byte_of_the_tensors(made: Path, tmp_path: Path) ->
     before, hashed = data_of(made), api.about_pack(made)["hashes"]
     picture = tmp_path / "look.png"
     Image.new("RGB", (600, 300), "red").save(picture)
-    done = call("pack", "edit", made, "--set", "modelspec.title=Ü, the ball", "--set", "modelspec.tags=", "--trigger", "miru", "--scale", "0.5",
+    done = call("pack", "edit", made, "--set", "modelspec.title=Ü, the ball", "--set", "modelspec.tags=", "--trigger", "miru",
+                "--scale", "0.5",
                 "--thumbnail", picture)  # fmt: skip
     assert done.exit_code == 0, done.output
     assert data_of(made) == before
@@ -363,13 +364,13 @@ def test_a_zip_is_the_same_bytes_every_time(bundled: dict[str, bytes], tmp_path:
 
 def test_a_strip_whose_labels_are_captions_stays_at_home(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
-    names = sharing.bundled(tmp_path / "run").keys()
+    names = sharing.bundled(tmp_path / "run")
     assert "mira-strip.png" in names
     path = tmp_path / "run" / "ledger.json"
     table = json.loads(path.read_text())
     table["pictures"][0]["captions"] = ["blue background"]
     path.write_text(json.dumps(table))
-    assert "mira-strip.png" not in sharing.bundled(tmp_path / "run").keys()
+    assert "mira-strip.png" not in sharing.bundled(tmp_path / "run")
 
 
 def test_a_card_that_would_tell_is_not_written(run: Path) -> None:

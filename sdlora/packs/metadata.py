@@ -67,7 +67,7 @@ def of_run(run: Run, base: str, facts: Facts, sha256: str = "") -> dict[str, str
         "ss_output_name": run.name,
         "sdlora.kind": run.kind,
         "sdlora.adapter": run.adapter.model_dump()["kind"],
-        "sdlora.recommended_scale": _scale(run),
+        "sdlora.recommended_scale": run.pack.recommended_scale,
         "sdlora.privacy": run.pack.privacy,
         "sdlora.config": json.dumps(public(run, base, facts.hidden)),
     }
@@ -89,7 +89,7 @@ def _model_spec(run: Run, facts: Facts, sha256: str) -> dict[str, Any]:
         "license": pack.license,
         "tags": ", ".join(pack.tags),
         "trigger_phrase": run.trigger,
-        "usage_hint": f"Say {run.trigger} in the prompt, at scale {_scale(run):g}.",
+        "usage_hint": f"Say {run.trigger} in the prompt, at scale {run.pack.recommended_scale:g}.",
         "prediction_type": "v" if objective["kind"] == "velocity" else objective["kind"],
         "date": datetime.fromtimestamp(facts.finished_at, UTC).isoformat(timespec="seconds"),
         "hash_sha256": f"0x{sha256}",
@@ -166,10 +166,6 @@ def _pictures(run: Run, facts: Facts) -> dict[str, Any]:
     if run.pack.privacy != "public" and merged:
         fields["ss_tag_frequency"] = json.dumps({folder: dict(sorted(tags.items())) for folder, tags in sorted(merged.items())})
     return fields
-
-
-def _scale(run: Run) -> float:
-    return 1.0 if run.pack.scale is None else run.pack.scale
 
 
 def public(run: Run, base: str, hidden: Secrets | None = None) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class Pack(file.Pack):
         file.save(Path(path), tensors, self._described)
 
     def apply(self, pipeline: Any, scale: float | None = None) -> Applied:
-        """Put it on a pipeline, at its recommended scale unless one is given. Raises `UserError`, having changed nothing, if it is unfit."""
+        """Put it on a pipeline, at its recommended scale unless one is given. Raises `UserError`, nothing changed, if it is unfit."""
         host = host_of(pipeline)
         name = self.name
         while name in host.strengths:
