@@ -4,51 +4,64 @@ for event in api.train(api.settle({"data": {"folder": "my-pictures"}, "name": "m
     print(event)
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from sdlora import cast, config, devices, estimate, family, learners, lookup, pictures, priors, record, safeio, settings
+from sdlora import cast, config, devices, estimate, family, learners, lookup, pictures, priors, record, safeio, settings, sharing
 from sdlora.config import Run
 from sdlora.data import captioning, edits, ledger, page, store
 from sdlora.data.captioning import Captioning
 from sdlora.data.edits import Edit
 from sdlora.errors import UserError
 from sdlora.events import Event
-from sdlora.family import Base, Reading
+from sdlora.family import Base
+from sdlora.family import Reading as TextReading
 from sdlora.generate import Recipe
-from sdlora.packs import file
-from sdlora.packs.file import Pack
+from sdlora.packs import bundle, card
+from sdlora.packs.pipelines import Applied, Pack
+from sdlora.packs.readers import Reading
 from sdlora.record import Record
 from sdlora.settings import override
+from sdlora.sharing import Push
 from sdlora.stop import Stop
 from sdlora.studio import Studio, parse_pack, parse_scale
 
 __all__ = [
+    "Applied",
     "Captioning",
     "Edit",
     "Event",
     "Pack",
+    "Push",
+    "Reading",
     "Recipe",
     "Record",
     "Run",
     "Stop",
     "Studio",
     "UserError",
+    "about_pack",
+    "about_rows",
+    "bundle_pack",
     "caption_folder",
     "check",
+    "check_pack",
     "edit_captions",
+    "edit_pack",
     "events",
     "grid",
+    "header_changes",
     "inspect_base",
     "open_pack",
     "open_studio",
     "override",
     "parse_pack",
     "parse_scale",
+    "push_pack",
     "read_settings",
     "runs",
     "save_picture",
@@ -56,6 +69,7 @@ __all__ = [
     "save_text",
     "settings_text",
     "settle",
+    "take_pack",
     "train",
 ]
 
@@ -93,7 +107,7 @@ def train(run: Run, out: Path, stop: Stop | None = None) -> Iterator[Event]:
 def base_of(run: Run) -> Base:
     """The base that a run names, found and read as its settings say."""
     half = devices.chosen(run.train.precision or "auto")[1] != torch.float32
-    return family.find(run.base, run.vae, Reading(**run.text.model_dump()), half)
+    return family.find(run.base, run.vae, TextReading(**run.text.model_dump()), half)
 
 
 def runs(root: Path) -> list[Record]:
@@ -129,8 +143,50 @@ def inspect_base(name: str) -> dict[str, Any]:
 
 
 def open_pack(path: Path) -> Pack:
-    """Read a pack; `UserError` if it is none."""
-    return file.load(path)
+    """Read a pack, or the one in a bundle; `UserError` if it is none."""
+    return sharing.opened(path)
+
+
+def check_pack(path: Path, base: str = "") -> list[Reading]:
+    """What each program makes of a pack; a base must be named only where it is none of the well-known models."""
+    return sharing.check(path, base)
+
+
+def about_pack(path: Path) -> dict[str, Any]:
+    """What a pack is."""
+    return card.about(path)
+
+
+def about_rows(table: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """`about_pack` for reading: (name, value)."""
+    return card.rows(table)
+
+
+def header_changes(assignments: list[str], trigger: str | None = None, scale: float | None = None) -> dict[str, str]:
+    """Changes of a header from `key=value` lines, a trigger and a scale."""
+    return sharing.changes(assignments, trigger, scale)
+
+
+def edit_pack(path: Path, changes: Mapping[str, str], thumbnail: Path | None = None, out: Path | None = None) -> Path:
+    """Change fields of a pack's header, in place unless `out` is given; its tensors stay as they are, byte for byte."""
+    return sharing.edit(path, changes, thumbnail, out)
+
+
+def bundle_pack(source: Path, out: Path) -> list[str]:
+    """Make a bundle of a run's pack, or of a pack, as a new folder or a ZIP; gives the names of its files."""
+    made = sharing.bundled(source)
+    bundle.write(out, made)
+    return list(made)
+
+
+def push_pack(source: Path, repository: str, private: bool = True) -> Push:
+    """What would be sent to the hub for a run, a pack or a bundle; `.send()` sends it."""
+    return sharing.push(source, repository, private)
+
+
+def take_pack(source: str, out: Path) -> list[dict[str, Any]]:
+    """Take a bundle, a pack or a repository of the hub into a new folder, verified; says what its packs are."""
+    return sharing.take(source, out)
 
 
 def open_studio(packs: Sequence[Pack] = (), base: str = "", vae: str = "") -> Studio:

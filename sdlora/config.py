@@ -169,6 +169,28 @@ class Preview(Settings):
     """Steps between previews of the same prompts during training, at scale 1; 0: none."""
 
 
+class Packing(Settings):
+    title: str = ""
+    """Title of the pack; empty: the run's name."""
+    author: str = ""
+    """Who made it."""
+    description: str = ""
+    """What it is, in a sentence or two."""
+    license: str = ""
+    """Under which licence it may be used, such as `cc-by-4.0`."""
+    tags: list[Annotated[str, Field(min_length=1, pattern="^[^,]*$")]] = Field(default=[])
+    """Words by which it is to be found."""
+    recommended_scale: Annotated[float, Field(ge=-4, le=4)] = 1.0
+    """Scale at which it is best used, which programs take as their default."""
+    privacy: Literal["public", "shared", "full"] = "public"
+    """What its header tells of the pictures. public: no path, name of a file or caption; shared: also how often each tag of the captions
+    occurs, for programs that offer them; full: also the names of folders. Every pack is looked through for it before it is written."""
+    thumbnail: bool = True
+    """Whether a small picture of the strip, or of what it is given later, lies in the header."""
+    force: bool = False
+    """Write the pack even if some program would open it and silently do otherwise than was trained; its header then says which."""
+
+
 class Run(Settings):
     name: str = ""
     """Name of the pack; empty: the folder's name. Also the trigger, unless one is given."""
@@ -198,6 +220,8 @@ class Run(Settings):
     train: Train = Train()
     validation: Validation = Validation()
     preview: Preview = Preview()
+    pack: Packing = Packing()
+    """What the pack says of itself, and of the pictures."""
 
     @field_validator("name", "trigger")
     @classmethod

@@ -1,7 +1,8 @@
-"""Models from the hub, downloaded once and kept by huggingface_hub; the one place that uses the network."""
+"""Models from the hub, downloaded once and kept by huggingface_hub, and packs sent there; the one place that uses the network."""
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -47,6 +48,25 @@ def download(name: str, files: Sequence[str]) -> Path:
     place, _, revision = name.partition("@")
     try:
         return Path(snapshot_download(place, revision=revision or None, allow_patterns=list(files)))
+    except Exception as error:  # as above
+        raise UnreachableError(_reason(error)) from error
+
+
+def upload(name: str, files: Mapping[str, bytes], private: bool, message: str) -> str:
+    """Put files into a repository of models as one commit, making it if there is none; gives the commit's address.
+
+    The token is that of the environment, `HF_TOKEN`, and no other. Raises `UnreachableError`.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    token = os.environ.get("HF_TOKEN")
+    if not token:
+        raise UnreachableError("HF_TOKEN is not set: it holds the token that may write there")
+    try:
+        api = HfApi(token=token)
+        api.create_repo(name, repo_type="model", private=private, exist_ok=True)
+        operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
+        return str(api.create_commit(name, operations, commit_message=message, repo_type="model").commit_url)
     except Exception as error:  # as above
         raise UnreachableError(_reason(error)) from error
 

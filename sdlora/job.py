@@ -8,14 +8,13 @@ import platform
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdlora import estimate, lock, pictures, preview, priors, report, safeio, settings, state
+from sdlora import estimate, export, lock, pictures, preview, priors, report, safeio, settings, state
 from sdlora.config import Run, flat, parse, to_toml
 from sdlora.course import Course
 from sdlora.data import cache, captions, ledger
@@ -23,7 +22,7 @@ from sdlora.errors import UserError
 from sdlora.events import Event, Log, patiently
 from sdlora.family import Family
 from sdlora.learners import Job, Latents, adapted, given, new_learner
-from sdlora.packs import file, metadata
+from sdlora.packs import file, metadata, privacy
 from sdlora.stop import Stop
 from sdlora.studio import Studio
 from sdlora.trackers import Trackers
@@ -138,6 +137,7 @@ def start(member: Member, setup: Setup, accelerator: Accelerator) -> Iterator[Ev
     """Put the run's adapter on the base, beside the others, as its last checkpoint has it."""
     job = member.job
     setup.learners.append(new_learner(job, setup.family, setup.bank, accelerator, member.latents))
+    export.foresee(job.settled, setup.family, file.tensors_of(setup.bank, job.settled.name, setup.family), job.dataset)
     if job.kept.note:
         yield Event("warning", job.kept.note)
     yield Event("note", adapted(setup.bank, job.settled.name, setup.family))
@@ -196,14 +196,18 @@ def finish(member: Member, studio: Studio) -> Iterator[Event]:
     if settled.preview.scales:
         rows, scales = preview.strip(studio, settled, name), settled.preview.scales
         thumbnail = rows[0][1 + min(range(len(scales)), key=lambda i: abs(scales[i] - 1))]
-        texts = {"sdlora": json.dumps(metadata.public(settled, job.base))}
+        texts = {"sdlora": json.dumps(metadata.public(settled, job.base.name))}
         sheet = pictures.encode(preview.sheet(rows, settled, job.base.name), texts)
         yield from patiently(lambda: safeio.write(job.out / "strip.png", sheet), stop)
         data = preview.likeness(studio, settled, name, job.dataset, member.latents)
         yield Event("note", preview.learnt(data), data=data)
-    facts = metadata.Facts(len(set(job.dataset.pool)), step, job.began, time.time(), job.dataset.buckets, thumbnail)
+    hidden = privacy.secrets(job.dataset, settled)
+    shown = set(job.dataset.pool)
+    kept = sum(job.dataset.account.used[i].regularisation for i in shown)
+    facts = metadata.Facts(len(shown), step, job.began, time.time(), job.dataset.buckets, thumbnail, hidden, regularisation=kept)
     path = job.out / f"{settled.name}.safetensors"
-    describe = partial(metadata.describe, settled, studio.family, facts)
+    describe, told = export.describing(settled, studio.family, tensors, facts)
+    yield from told
     yield from patiently(lambda: file.save(path, tensors, describe), stop)
     yield Event("done", str(path), step=step, data={"seconds": round(time.time() - job.began, 1), **data})
     studio.remove(name)

@@ -166,6 +166,7 @@ def test_train_then_generate_then_grid(place: Path, base: Path, pictures: Path) 
 @pytest.mark.parametrize("name", ["mira", "Mira 2"])
 def test_what_it_says_to_type_next_works(name: str, place: Path, base: Path, pictures: Path) -> None:
     done = call("train", pictures, "--name", name, "--base", base, *TRAIN)
+    assert done.exit_code == 0, done.output
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("next: sdlora ")]
     result = call(*shlex.split(line.removeprefix("next: sdlora ")))
     assert result.exit_code == 0, result.output

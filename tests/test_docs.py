@@ -1,11 +1,13 @@
 """What is generated from the code is up to date, and what the README tells a user to type exists."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from diffusers import StableDiffusionPipeline
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -50,3 +52,17 @@ def test_links_in_the_documents_lead_somewhere() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_python_examples_run(base: Path, pictures: Path, pack_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = StableDiffusionPipeline.from_pretrained
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda _: read(base, use_safetensors=True))
+    monkeypatch.chdir(tmp_path)
+    for name in ("mira", "inkwash"):
+        shutil.copy(pack_path, f"{name}.safetensors")
+    shutil.copytree(base, "my-base")
+    shutil.copytree(pictures, "my-pictures")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 5
+    exec(compile("\n".join(blocks), "python.md", "exec"), {})
+    assert {"mira-bf16.safetensors", "mira.zip", "taken", "mira.png"} <= {path.name for path in tmp_path.iterdir()}

@@ -19,7 +19,7 @@ from torch import Tensor
 from sdlora import api, devices, family, learners, lookup, optimizer
 from sdlora.adapter import Bank
 from sdlora.adapters import lora
-from sdlora.config import Run, flat
+from sdlora.config import Packing, Run, flat
 from sdlora.data import buckets, cache, ledger
 from sdlora.data.batches import Prepared, micro_batch, picture_of
 from sdlora.data.pixels import read_picture
@@ -473,6 +473,7 @@ ELSEWHERE = {  # which test shows it
     "train.on_nonfinite": "test_course: a broken picture is named and left out",
     "validation.patience": "test_course: training ends when the loss falls no more",
     "validation.pack": "test_course: the pack may hold the best weights",
+    **dict.fromkeys([f"pack.{name}" for name in Packing.model_fields], "test_sharing: every setting of a pack shows in its header"),
     "name": "test_resume: another run does not go on in the folder",
     "base": "test_config: a row is chosen by the size of the base",
     "vae": "test_readings: another autoencoder is taken for training and its pictures",

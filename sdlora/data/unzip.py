@@ -54,7 +54,7 @@ def unzip(archive: Path, into: Path, limits: Limits = DEFAULT) -> Path:
 
 def _unpack(opened: ZipFile, archive: Path, folder: Path, limits: Limits) -> None:
     entries = opened.infolist()
-    wrong = [*_sizes(entries, archive.stat().st_size, limits), *_names(entries), *_kinds(entries)]
+    wrong = problems(entries, archive.stat().st_size, limits)
     if wrong:
         more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
         what = f"nothing of this ZIP is unpacked: {shown('; '.join(wrong[:LISTED]))}{more}"
@@ -64,6 +64,11 @@ def _unpack(opened: ZipFile, archive: Path, folder: Path, limits: Limits) -> Non
         if folder.exists():
             safeio.remove(folder)
         safeio.write_tree(folder, ((name, opened.read(entry)) for name, entry in files.items()))
+
+
+def problems(entries: Sequence[ZipInfo], packed: int, limits: Limits) -> list[str]:
+    """Why nothing of an archive of `packed` bytes may be unpacked."""
+    return [*_sizes(entries, packed, limits), *_names(entries), *_kinds(entries)]
 
 
 def _is_whole(folder: Path, files: dict[str, ZipInfo]) -> bool:

@@ -1,20 +1,26 @@
-"""What a pack says about itself: the fields that programs read (`ss_*`, `modelspec.*`), and ours. No path, file name or caption."""
+"""What a pack says about itself: the fields that programs read (`ss_*`, `modelspec.*`, `sshs_*`), typed as they read them, and ours.
+
+How much of that tells about the pictures is settled by `pack.privacy`.
+"""
 
 import base64
 import io
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from sdlora import lookup
 from sdlora.config import Run
-from sdlora.family import Base, Family
+from sdlora.family import Family
 from sdlora.optimizer import Optimizing
+from sdlora.packs.privacy import Secrets, scrubbed
 
 CLOCK = ("modelspec.date", "ss_training_started_at", "ss_training_finished_at")
 """The only fields that two equal runs may differ in."""
@@ -32,77 +38,155 @@ class Facts:
     finished_at: float
     buckets: Mapping[tuple[int, int], int]  # (width, height) in px: pictures
     thumbnail: Image.Image | None = None
-    recommended_scale: float = 1.0
+    hidden: Secrets = field(default_factory=Secrets)
+    warnings: Sequence[str] = ()  # what programs do otherwise than was trained, where the pack was to be written all the same
+    regularisation: int = 0  # of the pictures
 
 
 def describe(run: Run, family: Family, facts: Facts, sha256: str) -> dict[str, str]:
     """The header of a pack for a resolved run; every value is a string, as the format wants it."""
-    adapter, objective, train = run.adapter.model_dump(), run.objective.model_dump(), run.train
-    side = run.data.resolution_px
-    assert isinstance(run.optimizer, Optimizing)
-    fields: dict[str, Any] = {
+    weights = family.base.fingerprint("unet")
+    fields = {
         **family.architecture(),
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": run.name,
-        "modelspec.resolution": f"{side}x{side}",
-        "modelspec.trigger_phrase": run.trigger,
-        "modelspec.usage_hint": f"Say {run.trigger} in the prompt, at scale {facts.recommended_scale:g}.",
-        "modelspec.prediction_type": "v" if objective["kind"] == "velocity" else objective["kind"],
-        "modelspec.date": datetime.fromtimestamp(facts.finished_at, UTC).isoformat(timespec="seconds"),
-        "modelspec.hash_sha256": f"0x{sha256}",
-        "sshs_model_hash": sha256,
-        "ss_network_module": lookup.find("adapters", adapter["kind"]).Adapter.network,
-        "ss_network_dim": adapter.get("rank"),
-        "ss_network_alpha": adapter.get("alpha"),
-        "ss_network_args": json.dumps({"algo": adapter["kind"], **{key: adapter[key] for key in adapter if key not in ELSEWHERE}}),
-        "ss_output_name": run.name,
+        **of_run(run, family.base.name, facts, sha256),
         "ss_sd_model_name": family.base.name,
-        "ss_resolution": f"({side}, {side})",
-        "ss_clip_skip": run.text.clip_skip if run.text.clip_skip > 1 else None,
-        "ss_seed": run.seed,
-        "ss_num_train_images": facts.pictures,
-        "ss_steps": facts.steps,
-        "ss_max_train_steps": train.steps,
-        "ss_batch_size_per_device": train.batch_size,
-        "ss_gradient_accumulation_steps": train.accumulation,
-        "ss_unet_lr": train.lr,
-        "ss_text_encoder_lr": train.text_encoder_lr,
-        "ss_lr_scheduler": train.schedule,
-        "ss_lr_warmup_steps": train.warmup_steps,
-        "ss_max_grad_norm": train.clip_norm,
-        "ss_caption_dropout_rate": run.data.caption_dropout,
-        "ss_min_snr_gamma": objective.get("min_snr_gamma"),
-        "ss_optimizer": run.optimizer.known_as,
-        "ss_mixed_precision": train.precision,
-        "ss_bucket_info": json.dumps({"buckets": _buckets(facts.buckets)}),
-        "ss_training_started_at": facts.started_at,
-        "ss_training_finished_at": facts.finished_at,
         "sdlora.base": family.base.name,
-        "sdlora.base_unet_sha256": family.base.fingerprint("unet"),
+        "sdlora.base_unet_sha256": weights,
         "sdlora.prediction": family.base.prediction,
-        "sdlora.zero_terminal_snr": float(family.alphas_cumprod[-1]) < 1e-6,
-        "sdlora.kind": run.kind,
-        "sdlora.adapter": adapter["kind"],
-        "sdlora.recommended_scale": facts.recommended_scale,
-        "sdlora.config": json.dumps(public(run, family.base)),
+        "sdlora.zero_terminal_snr": str(float(family.alphas_cumprod[-1]) < 1e-6),
     }
     if family.base.revision:
         fields["sdlora.base_revision"] = family.base.revision
     if family.base.vae:
         fields |= {"ss_vae_name": family.base.vae, "sdlora.vae": family.base.vae, "sdlora.vae_sha256": family.base.fingerprint("vae")}
-    if facts.thumbnail is not None:
-        fields["modelspec.thumbnail"] = data_url(facts.thumbnail)
-    return {key: str(value) for key, value in sorted(fields.items())}
+    if family.base.source.path.is_file():
+        fields["ss_new_sd_model_hash"] = weights
+    return dict(sorted(fields.items()))
 
 
-def public(run: Run, base: Base) -> dict[str, Any]:
-    """The settings without what would tell where the user keeps things."""
+def of_run(run: Run, base: str, facts: Facts, sha256: str = "") -> dict[str, str]:
+    """All of the header that does not need the base's weights."""
+    fields = {
+        **_model_spec(run, facts, sha256),
+        **_network(run),
+        **_training(run, facts),
+        **_pictures(run, facts),
+        "sshs_model_hash": sha256,
+        "ss_output_name": run.name,
+        "sdlora.kind": run.kind,
+        "sdlora.adapter": run.adapter.model_dump()["kind"],
+        "sdlora.recommended_scale": run.pack.recommended_scale,
+        "sdlora.privacy": run.pack.privacy,
+        "sdlora.config": json.dumps(public(run, base, facts.hidden)),
+    }
+    if facts.warnings:
+        fields["sdlora.warnings"] = json.dumps(list(facts.warnings))
+    return {key: str(value) for key, value in fields.items()}
+
+
+def _model_spec(run: Run, facts: Facts, sha256: str) -> dict[str, Any]:
+    """ModelSpec 1.0.1, whose optional fields are left out where there is nothing to say."""
+    side, objective, pack = run.data.resolution_px, run.objective.model_dump(), run.pack
+    fields = {
+        "sai_model_spec": "1.0.1",
+        "implementation": "diffusers",
+        "title": pack.title or run.name,
+        "resolution": f"{side}x{side}",
+        "description": pack.description,
+        "author": pack.author,
+        "license": pack.license,
+        "tags": ", ".join(pack.tags),
+        "trigger_phrase": run.trigger,
+        "usage_hint": f"Say {run.trigger} in the prompt, at scale {run.pack.recommended_scale:g}.",
+        "prediction_type": "v" if objective["kind"] == "velocity" else objective["kind"],
+        "date": datetime.fromtimestamp(facts.finished_at, UTC).isoformat(timespec="seconds"),
+        "hash_sha256": f"0x{sha256}",
+        "thumbnail": data_url(facts.thumbnail) if facts.thumbnail and pack.thumbnail else "",
+    }
+    said = {f"modelspec.{key}": value for key, value in fields.items() if value}
+    if "modelspec.thumbnail" in said:  # one program shows only what another extension of its own once wrote
+        said["ssmd_cover_images"] = json.dumps([said["modelspec.thumbnail"].partition(",")[2]])
+    return {**said, "trained_words": run.trigger}
+
+
+def _network(run: Run) -> dict[str, Any]:
+    adapter = run.adapter.model_dump()
+    return {
+        "ss_network_module": lookup.find("adapters", adapter["kind"]).Adapter.network,
+        "ss_network_dim": adapter.get("rank"),
+        "ss_network_alpha": adapter.get("alpha"),
+        "ss_network_args": json.dumps({"algo": adapter["kind"], **{key: adapter[key] for key in adapter if key not in ELSEWHERE}}),
+    }
+
+
+def _training(run: Run, facts: Facts) -> dict[str, Any]:
+    train, objective, data = run.train, run.objective.model_dump(), run.data
+    assert isinstance(run.optimizer, Optimizing)
+    at_once = (train.batch_size or 1) * train.accumulation
+    batches = max(1, -(-facts.pictures // at_once))
+    return {
+        "ss_clip_skip": run.text.clip_skip if run.text.clip_skip > 1 else None,
+        "ss_seed": run.seed,
+        "ss_steps": facts.steps,
+        "ss_max_train_steps": train.steps,
+        "ss_epoch": -(-facts.steps // batches),
+        "ss_num_epochs": -(-(train.steps or 0) // batches),
+        "ss_num_batches_per_epoch": batches,
+        "ss_batch_size_per_device": train.batch_size,
+        "ss_total_batch_size": at_once,
+        "ss_gradient_accumulation_steps": train.accumulation,
+        "ss_learning_rate": train.lr,
+        "ss_unet_lr": train.lr,
+        "ss_text_encoder_lr": train.text_encoder_lr,
+        "ss_lr_scheduler": train.schedule,
+        "ss_lr_warmup_steps": train.warmup_steps,
+        "ss_max_grad_norm": train.clip_norm,
+        "ss_optimizer": run.optimizer.known_as,
+        "ss_mixed_precision": train.precision,
+        "ss_min_snr_gamma": objective.get("min_snr_gamma"),
+        "ss_noise_offset": objective.get("noise_offset"),
+        "ss_caption_dropout_rate": data.caption_dropout,
+        "ss_shuffle_caption": data.shuffle_tags,
+        "ss_keep_tokens": data.keep_tokens,
+        "ss_flip_aug": data.flip,
+        "ss_training_started_at": facts.started_at,
+        "ss_training_finished_at": facts.finished_at,
+    }
+
+
+def _pictures(run: Run, facts: Facts) -> dict[str, Any]:
+    """What is said of the pictures. Readers want objects in these fields, and whole numbers: `{folder: {tag: count}}`."""
+    side, hidden = run.data.resolution_px, facts.hidden
+    folders = hidden.pictures or {run.name: facts.pictures}
+    merged: dict[str, Counter[str]] = {}
+    for folder, tags in hidden.tags.items():
+        merged.setdefault(folder if run.pack.privacy == "full" else run.name, Counter()).update(tags)
+    if run.pack.privacy != "full":
+        folders = {run.name: sum(folders.values())}
+    fields = {
+        "ss_resolution": f"({side}, {side})",
+        "ss_num_train_images": facts.pictures - facts.regularisation,
+        "ss_num_reg_images": facts.regularisation,
+        "ss_enable_bucket": True,
+        "ss_bucket_info": json.dumps({"buckets": _buckets(facts.buckets)}),
+        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": 1, "img_count": count} for folder, count in sorted(folders.items())}),
+    }
+    if run.pack.privacy != "public" and merged:
+        fields["ss_tag_frequency"] = json.dumps({folder: dict(sorted(tags.items())) for folder, tags in sorted(merged.items())})
+    return fields
+
+
+def public(run: Run, base: str, hidden: Secrets | None = None) -> dict[str, Any]:
+    """The settings without what would tell where the user keeps things, as far as they let it be told."""
     table = run.model_dump()
-    table |= {"base": base.name, "vae": base.vae}
+    if run.pack.privacy == "full":
+        return table
+    table |= {"base": base, "vae": Path(run.vae).name if Path(run.vae).exists() else run.vae}
     del table["data"]["folder"]
     for folder in table["data"]["folders"]:
         del folder["folder"]
+    if hidden:
+        table = scrubbed(table, Secrets(hidden.files, hidden.captions if run.pack.privacy == "public" else frozenset()))
     return table
 
 
