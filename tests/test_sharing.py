@@ -500,9 +500,9 @@ def test_a_pack_comes_from_the_hub_at_a_revision(bundled: dict[str, bytes], tmp_
     for name in bundled:  # the hub's cache holds links to its own files
         (tmp_path / "snapshot" / name).symlink_to(tmp_path / "blobs" / name)
     asked = []
-    monkeypatch.setattr(hub, "download", lambda name, _, revision: asked.append((name, revision)) or tmp_path / "snapshot")
+    monkeypatch.setattr(hub, "download", lambda name, _: asked.append(name) or tmp_path / "snapshot")
     (told,) = api.take_pack("owner/mira@v2", tmp_path / "out")
-    assert asked == [("owner/mira", "v2")]
+    assert asked == ["owner/mira@v2"]
     assert told["trigger"] == "mira"
     assert not (tmp_path / "out" / "mira.safetensors").is_symlink()
 
