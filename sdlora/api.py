@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdlora import cast, config, estimate, family, learners, lookup, pictures, priors, record, safeio, settings
+from sdlora import average, cast, config, estimate, family, learners, lookup, pictures, priors, record, safeio, search, settings
 from sdlora.config import Run
 from sdlora.data import captioning, edits, ledger, page, store
 from sdlora.data.captioning import Captioning
@@ -37,10 +37,13 @@ __all__ = [
     "Stop",
     "Studio",
     "UserError",
+    "average_run",
     "caption_folder",
     "check",
     "edit_captions",
     "events",
+    "find_dimension",
+    "find_rate",
     "grid",
     "inspect_base",
     "open_pack",
@@ -86,6 +89,23 @@ def train(run: Run, out: Path, stop: Stop | None = None) -> Iterator[Event]:
     A run is stopped by setting `stop.stop`, or by a file called `stop` in its folder: it saves, and `stopped` is its last event.
     """
     return cast.run(run, family.find(run.base), out, stop)
+
+
+def find_rate(run: Run, scratch: Path, steps: int, low: float, high: float) -> Iterator[Event]:
+    """Try rates from `low` to `high` within one short run of a settled run; `done` brings a proposal, its curve and a picture."""
+    return search.find_rate(run, scratch, steps, low, high)
+
+
+def find_dimension(run: Run, scratch: Path, steps: int, ladders: dict[str, Sequence[int]]) -> Iterator[Event]:
+    """Short runs over ladders of ranks and dimensions; `done` brings the smallest that suffice, the table and a picture."""
+    return search.find_dimension(run, scratch, steps, ladders)
+
+
+def average_run(run: Path, out: Path, steps: Sequence[int] = (), last: int = 3) -> Pack:
+    """Write the mean of a finished run's checkpoints as a pack."""
+    pack = average.average(run, steps, last)
+    average.save(out, pack)
+    return pack
 
 
 def runs(root: Path) -> list[Record]:
