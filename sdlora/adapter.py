@@ -4,19 +4,29 @@ A `Bank` holds any number of adapters over one base. Every adapted layer becomes
 sits on it, a `Delta`. Which adapter acts on which sample of a batch, and how strongly, is the bank's `Route`, set before a forward.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import ModuleType
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from sdlora.errors import UserError
 from sdlora.lookup import nearest
 from sdlora.settings import Settings
+
+
+class Block(Settings):
+    """Settings of some of the layers."""
+
+    match: Annotated[str, Field(min_length=1)]
+    """Preset or pattern; where several tables match a layer, the last that says something counts."""
+    lr_factor: Annotated[float, Field(ge=0, le=1000)] | None = None
+    """Factor on the learning rate of these layers; 0: they are not adapted."""
 
 
 class Targeted(Settings):
@@ -25,6 +35,12 @@ class Targeted(Settings):
     kind: str
     targets: list[str] | None = None
     """Layers to adapt: names of presets and patterns over layer names (`unet.*attn2.to_k`)."""
+    blocks: list[Block] = Field(default=[])
+    """What is otherwise for some of them, a table `[[adapter.blocks]]` for each."""
+
+    def at(self, said: Sequence[Block]) -> Self:
+        """The settings of a layer that these blocks match, in their order."""
+        return self
 
     @classmethod
     def blank(cls) -> Self:
@@ -288,7 +304,9 @@ def frozen_layers(components: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return found
 
 
-def choose_sites(layers: Mapping[str, nn.Module], targets: Sequence[str], presets: Mapping[str, Sequence[str]]) -> list[str]:
+def choose_sites(
+    layers: Iterable[str], targets: Sequence[str], presets: Mapping[str, Sequence[str]], where: str = "adapter.targets"
+) -> list[str]:
     """Names of the layers that the targets mean, in the model's order; a target is a preset's name or a pattern (`unet.*.to_k`)."""
     chosen: set[str] = set()
     for target in targets:
@@ -299,8 +317,8 @@ def choose_sites(layers: Mapping[str, nn.Module], targets: Sequence[str], preset
                 raise UserError(
                     "E-ADAPT-01",
                     f'"{target}" matches no layer that this kind of adapter fits{hint}',
-                    "adapter.targets",
-                    f"presets: {', '.join(presets)}; or a pattern over names such as {next(iter(layers))}",
+                    where,
+                    f"presets: {', '.join(presets)}; or a pattern over names such as {next(iter(layers), '')}",
                 )
             chosen |= found
     return [name for name in layers if name in chosen]

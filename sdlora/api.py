@@ -11,15 +11,29 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdlora import cast, config, devices, estimate, family, learners, lookup, pictures, priors, record, safeio, settings, sharing
+from sdlora import (
+    average,
+    cast,
+    config,
+    devices,
+    estimate,
+    family,
+    learners,
+    lookup,
+    pictures,
+    priors,
+    record,
+    safeio,
+    search,
+    settings,
+    sharing,
+)
 from sdlora.config import Run
 from sdlora.data import captioning, edits, ledger, page, store
 from sdlora.data.captioning import Captioning
 from sdlora.data.edits import Edit
 from sdlora.errors import UserError
 from sdlora.events import Event
-from sdlora.family import Base
-from sdlora.family import Reading as TextReading
 from sdlora.generate import Recipe
 from sdlora.packs import bundle, card
 from sdlora.packs.pipelines import Applied, Pack
@@ -46,6 +60,7 @@ __all__ = [
     "UserError",
     "about_pack",
     "about_rows",
+    "average_run",
     "bundle_pack",
     "caption_folder",
     "check",
@@ -53,6 +68,8 @@ __all__ = [
     "edit_captions",
     "edit_pack",
     "events",
+    "find_dimension",
+    "find_rate",
     "grid",
     "header_changes",
     "inspect_base",
@@ -89,7 +106,7 @@ def settle(table: dict[str, Any], source: object = "") -> Run:
         run = config.parse({**table, "name": _name_of(Path(run.data.sources[0].folder))}, source)
     if not run.name:
         raise UserError("E-CONF-07", "the run has no name, and no folder to take one from", "name", "add --name NAME")
-    base = base_of(run)
+    base = learners.base_of(run)
     if "kind" not in table.get("objective", {}) and base.prediction in lookup.names("objectives"):
         probe = {} if base.said else {"probe": table.get("probe", "choose")}
         run = config.parse({**_lasting(run), **probe, "objective": {**table.get("objective", {}), "kind": base.prediction}}, source)
@@ -101,13 +118,23 @@ def train(run: Run, out: Path, stop: Stop | None = None) -> Iterator[Event]:
 
     A run is stopped by setting `stop.stop`, or by a file called `stop` in its folder: it saves, and `stopped` is its last event.
     """
-    return cast.run(run, base_of(run), out, stop)
+    return cast.run(run, learners.base_of(run), out, stop)
 
 
-def base_of(run: Run) -> Base:
-    """The base that a run names, found and read as its settings say."""
-    half = devices.chosen(run.train.precision or "auto")[1] != torch.float32
-    return family.find(run.base, run.vae, TextReading(**run.text.model_dump()), half)
+def find_rate(run: Run, scratch: Path, steps: int, low: float, high: float) -> Iterator[Event]:
+    """Try rates from `low` to `high` within one short run of a settled run; `done` brings a proposal, its curve and a picture."""
+    return search.find_rate(run, scratch, steps, low, high)
+
+
+def find_dimension(run: Run, scratch: Path, steps: int, ladders: dict[str, Sequence[int]]) -> Iterator[Event]:
+    """Short runs over ladders of ranks and dimensions; `done` brings the smallest that suffice, the table and a picture."""
+    return search.find_dimension(run, scratch, steps, ladders)
+
+
+def average_run(run: Path, out: Path, steps: Sequence[int] = (), last: int = 3) -> Pack:
+    """Write the mean of a finished run's checkpoints as a pack."""
+    average.save(out, average.average(run, steps, last))
+    return open_pack(out)
 
 
 def runs(root: Path) -> list[Record]:
@@ -127,7 +154,7 @@ def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:
     """
     kept = store.usual()
     found = ledger.read_dataset(run, unpacked, kept)
-    loaded = family.load(base_of(run), torch.device("cpu"), torch.float32)
+    loaded = family.load(learners.base_of(run), torch.device("cpu"), torch.float32)
     dataset = priors.with_drawn(ledger.fit_dataset(found, run, loaded), run, loaded, unpacked, kept)
     table = ledger.ledger(dataset, run, loaded, ledger.findings(dataset, run, loaded))
     table["totals"] |= estimate.totals(run, loaded, learners.pieces(run, loaded), list(dataset.buckets), kept)

@@ -100,7 +100,9 @@ class Train(Settings):
     lr: Annotated[float, Field(gt=0, le=10)] | None = None
     """Learning rate of the adapter in the UNet."""
     text_encoder_lr: Annotated[float, Field(ge=0, le=10)] | None = None
-    """Learning rate of the adapter in the text encoder."""
+    """Learning rate of the adapter in the text encoders; 0: they are not adapted."""
+    text_encoder_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps after which the adapter in the text encoders stays as it is; 0: it learns to the end."""
     lora_plus_ratio: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """LoRA+ (Hayou et al. 2024): the factor that starts at zero, LoRA's up, learns at this times the rate; they take 16."""
     schedule: Literal["constant", "linear", "cosine", "restarts", "wsd"] | None = None
@@ -256,7 +258,7 @@ def parse(table: dict[str, Any], source: object = "") -> Run:
 def resolve(run: Run, row: str) -> Run:
     """The run with nothing left open: what depends on the job and the base (`row` of the defaults) is filled in."""
     table = run.model_dump()
-    for dotted, value in defaults.settings(run.kind, row, table["optimizer"].get("kind", "")).items():
+    for dotted, value in defaults.settings(run.kind, row, table["optimizer"].get("kind", ""), table["adapter"].get("kind", "")).items():
         part, _, field = dotted.partition(".")
         if table[part].get(field, value) is None:
             table[part][field] = value
@@ -274,9 +276,6 @@ def resolve(run: Run, row: str) -> Run:
     called = [trigger, f"{trigger}, blue background", f"{trigger}, green background"]
     spoken = called if run.kind == "character" else [f"{thing}, {trigger} style" for thing in ("cat face", "house", "apple")]
     table["preview"]["prompts"] = [prompt.replace("[trigger]", trigger) for prompt in run.preview.prompts] or spoken
-    adapter = table["adapter"]
-    if adapter.get("alpha", 0) is None:
-        adapter["alpha"] = float(adapter["rank"])
     return parse(table)
 
 

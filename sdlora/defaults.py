@@ -16,7 +16,7 @@ NAMES = (
     "banana", "grapes", "mushroom", "maple leaf", "watermelon", "water buffalo", "palm tree", "dog",
 )  # fmt: skip
 
-# Real Stable Diffusion 1.x. Rank 16 with alpha = rank is the middle of what the trainers in the field recommend; 1e-4 is the rate nearly
+# Real Stable Diffusion 1.x. Rank 16 with alpha 16 is the middle of what the trainers in the field recommend; 1e-4 is the rate nearly
 # all of them name at that alpha, half of it for the text encoder, which overfits first.
 SD: dict[str, Any] = {
     "data.resolution_px": 512,
@@ -24,6 +24,9 @@ SD: dict[str, Any] = {
     "data.prior_share": 0.0,
     "data.prior_prompts": [],
     "adapter.rank": 16,
+    # The same at every rank: AdamW's first step moves each of the factor's columns by the rate, so that ΔW goes along the gradient by
+    # alpha / rank times the number of columns, which is alpha. With alpha = rank, rank 64 would move four times as far as 16.
+    "adapter.alpha": 16.0,
     "adapter.targets": ["cross-attention", "text-encoder"],
     "train.steps": 1500,
     "train.batch_size": 2,
@@ -64,6 +67,7 @@ TABLE: dict[tuple[str, str], dict[str, Any]] = {
         "data.prior_share": 0.5,
         "data.prior_prompts": [f"{name}, {ground} background" for name, ground in zip(NAMES, GROUNDS * 4, strict=True)],
         "adapter.rank": 16,
+        "adapter.alpha": 16.0,
         "adapter.targets": ["all-linear", "text-encoder"],
         "train.steps": 1000,
         "train.batch_size": 16,
@@ -90,8 +94,12 @@ RATES = {"lion": 0.2, "lion8bit": 0.2}
 """Factors on the rates that suit AdamW: every number moves by the whole rate, so that the authors take 3 to 10 times less."""
 
 
-def settings(kind: str, row: str, optimizer: str = "") -> dict[str, Any]:
+ADAPTERS: dict[str, float] = {}
+"""Factors on the rates that suit LoRA, by kind of adapter; `docs/measured.md` has the runs that they are taken from."""
+
+
+def settings(kind: str, row: str, optimizer: str = "", adapter: str = "") -> dict[str, Any]:
     """Dotted names and values for a job of this kind on a base whose defaults are in this row."""
     found = {**TABLE.get((ANY, row), {}), **TABLE.get((kind, row), {}), **OPTIMIZERS.get(optimizer, {})}
-    factor = RATES.get(optimizer, 1.0)
+    factor = RATES.get(optimizer, 1.0) * (1.0 if "train.lr" in OPTIMIZERS.get(optimizer, {}) else ADAPTERS.get(adapter, 1.0))
     return {name: value * factor if name in ("train.lr", "train.text_encoder_lr") else value for name, value in found.items()}

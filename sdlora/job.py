@@ -21,7 +21,7 @@ from sdlora.data import cache, captions, ledger
 from sdlora.errors import UserError
 from sdlora.events import Event, Log, patiently
 from sdlora.family import Family
-from sdlora.learners import Job, Latents, adapted, given, new_learner
+from sdlora.learners import Job, Latents, adapted, adapted_line, given, new_learner
 from sdlora.packs import file, metadata, privacy
 from sdlora.stop import Stop
 from sdlora.studio import Studio
@@ -140,7 +140,9 @@ def start(member: Member, setup: Setup, accelerator: Accelerator) -> Iterator[Ev
     export.foresee(job.settled, setup.family, file.tensors_of(setup.bank, job.settled.name, setup.family), job.dataset)
     if job.kept.note:
         yield Event("warning", job.kept.note)
-    yield Event("note", adapted(setup.bank, job.settled.name, setup.family))
+    sentence, parts = adapted(setup.bank, job.settled, setup.family)
+    yield Event("note", sentence)
+    yield from (Event("note", adapted_line(part), data={"adapted": part}) for part in parts)
     member.course = new_course(job, setup, member.stop)
     yield from take_up(member.course)
 

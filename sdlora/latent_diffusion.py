@@ -13,7 +13,14 @@ from sdlora.errors import UserError
 from sdlora.family import Base, Family
 from sdlora.source import WHOLE, Source
 
-ATTENTION = ("unet.*.attn[12].to_[qkv]", "unet.*.attn[12].to_out.0")
+
+def attention_of(start: str) -> tuple[str, ...]:
+    """Patterns of all attention in the blocks whose names begin so."""
+    return f"{start}*.attn[12].to_[qkv]", f"{start}*.attn[12].to_out.0"
+
+
+ATTENTION = attention_of("unet.")
+LINEAR = (*ATTENTION, "unet.*.ff.net.*", "unet.*.proj_in", "unet.*.proj_out")
 SCHEDULE: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 """How these models are sampled, whatever scheduler wrote their config and thus left it out."""
 PREDICTIONS = {"velocity": "v_prediction"}
@@ -40,8 +47,11 @@ class LatentDiffusion(Family):
 
     presets: ClassVar[Mapping[str, Sequence[str]]] = {
         "cross-attention": ["unet.*.attn2.to_[qkv]", "unet.*.attn2.to_out.0"],
+        "qv": ["unet.*.attn[12].to_[qv]"],  # what the LoRA paper adapts (Hu et al. 2021, section 7.1)
         "attention": ATTENTION,
-        "all-linear": [*ATTENTION, "unet.*.ff.net.*", "unet.*.proj_in", "unet.*.proj_out"],
+        "all-linear": LINEAR,
+        "all-linear+conv": [*LINEAR, "unet.*.resnets.*.conv*", "unet.*samplers.0.conv"],
+        "up-blocks": attention_of("unet.up_blocks."),
         "text-encoder": ["text_encoder*.self_attn.*_proj", "text_encoder*.mlp.fc[12]"],
     }
     prefixes: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder": "lora_te"}

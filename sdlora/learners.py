@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 
-from sdlora import lookup, probe
-from sdlora.adapter import Bank, Piece, choose_sites
+from sdlora import devices, family, lookup, probe
+from sdlora.adapter import Bank, Block, Delta, Piece, Targeted, choose_sites
 from sdlora.config import Run, parse
 from sdlora.data import cache, captions, masks
 from sdlora.data.batches import Prepared
@@ -20,7 +20,7 @@ from sdlora.data.ledger import Dataset
 from sdlora.data.store import Store
 from sdlora.data.variants import frame
 from sdlora.errors import UserError
-from sdlora.family import Base, Family
+from sdlora.family import Base, Family, Reading
 from sdlora.objective import Noising
 from sdlora.optimizer import Optimizing, faster, groups, library
 from sdlora.randomness import stream
@@ -47,6 +47,12 @@ class Job:
     dataset: Dataset
     pieces: dict[str, Piece]  # what is put on which layers
     kept: Store = field(default_factory=Store)  # what earlier runs computed
+
+
+def base_of(settled: Run) -> Base:
+    """The base that a run names, found and read as its settings say."""
+    half = devices.chosen(settled.train.precision or "auto")[1] != torch.float32
+    return family.find(settled.base, settled.vae, Reading(**settled.text.model_dump()), half)
 
 
 def check_objective(settled: Run, loaded: Family, dataset: Dataset, kept: Store) -> tuple[Run, list[str]]:
@@ -102,10 +108,13 @@ def check_optimizer(settled: Run) -> None:
     """Whether the optimizer is there, and can do what it is to do."""
     own, rates = optimizing(settled), (given(settled.train.lr), given(settled.train.text_encoder_lr))
     library(own)
-    ratio, adapter = settled.train.lora_plus_ratio, settled.adapter.model_dump()["kind"]
+    ratio, adapter = settled.train.lora_plus_ratio, targeted(settled).kind
     if own.finds_its_rate and rates[1] not in (rates[0], 0):
         what = f"{own.kind} finds one rate for all, and train.lr = {rates[0]:g} is not train.text_encoder_lr = {rates[1]:g}"
         raise UserError("E-OPT-02", what, "train.text_encoder_lr", "set both alike, or this one to 0")
+    factors = {block.lr_factor for block in targeted(settled).blocks} - {None, 0.0, 1.0}
+    if own.finds_its_rate and factors:
+        raise UserError("E-OPT-02", f"{own.kind} finds one rate for all", "adapter.blocks: lr_factor", "leave it out, or set it to 0")
     if ratio != 1 and (own.finds_its_rate or not lookup.find("adapters", adapter).Adapter.fast):
         who = f"{own.kind} finds one rate for all" if own.finds_its_rate else f"{adapter} has no factor that starts at zero"
         raise UserError("E-OPT-03", f"{who}, so that none can learn {ratio:g} times as fast", "train.lora_plus_ratio", "set it to 1")
@@ -113,12 +122,38 @@ def check_optimizer(settled: Run) -> None:
 
 def pieces(settled: Run, loaded: Family) -> dict[str, Piece]:
     """What the run puts on which layers, by their full names."""
-    kind = lookup.find("adapters", settled.adapter.model_dump()["kind"])
-    fitting = {name: layer for name, layer in loaded.layers().items() if kind.fits(layer)}
-    names = choose_sites(fitting, settled.adapter.model_dump()["targets"], loaded.presets)
-    if settled.train.text_encoder_lr == 0:  # an adapter that never moves need not be there
-        names = [name for name in names if not name.startswith("text_encoder")]
-    return dict.fromkeys(names, (kind, settled.adapter))
+    own = targeted(settled)
+    kind, rates = lookup.find("adapters", own.kind), peak_rates(settled, loaded)
+    moving = {name: said for name, said in blocks(settled, loaded).items() if rates[name] > 0}  # what never moves need not be there
+    found: dict[str, Piece] = {name: (kind, own.at(said)) for name, said in moving.items()}
+    if not found:
+        raise UserError("E-ADAPT-05", "every rate of the layers to be adapted is 0: nothing would be learnt", "train.lr", "raise one")
+    return found
+
+
+def blocks(settled: Run, loaded: Family) -> dict[str, list[Block]]:
+    """The layers that the targets mean, and the tables `adapter.blocks` that match each, in their order."""
+    own = targeted(settled)
+    fitting = [name for name, layer in loaded.layers().items() if lookup.find("adapters", own.kind).fits(layer)]
+    found: dict[str, list[Block]] = {name: [] for name in choose_sites(fitting, given(own.targets), loaded.presets)}
+    for i, block in enumerate(own.blocks):
+        for name in choose_sites(list(found), [block.match], loaded.presets, f"adapter.blocks.{i}.match"):
+            found[name].append(block)
+    return found
+
+
+def peak_rates(settled: Run, loaded: Family) -> dict[str, float]:
+    """The learning rate of each layer that the targets mean, before its schedule."""
+    rates, train = dict[str, float](), settled.train
+    for name, said in blocks(settled, loaded).items():
+        factor = next((block.lr_factor for block in reversed(said) if block.lr_factor is not None), 1.0)
+        rates[name] = factor * given(train.text_encoder_lr if is_text(name) else train.lr)
+    return rates
+
+
+def is_text(name: str) -> bool:
+    """Whether a layer is one of a text encoder's."""
+    return name.startswith("text_encoder")
 
 
 def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, latents: Latents) -> Learner:
@@ -126,15 +161,27 @@ def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, 
     settled, train = job.settled, job.settled.train
     data = prepared(job, loaded, latents)
     bank.add(settled.name, job.pieces, lambda dotted: stream(settled.seed, f"init/{dotted}"))
-    rates, fast = {"unet.": given(train.lr), "text_encoder": given(train.text_encoder_lr)}, bank.fast(settled.name)
-    halves = [faster(bank.parameters(settled.name, part), lr, fast, train.lora_plus_ratio) for part, lr in rates.items()]
     params = bank.parameters(settled.name)
     ema = {dotted: parameter.detach().clone() for dotted, parameter in params.items()} if train.ema else {}
     own = optimizing(settled)
-    optimizer = lookup.find("optimizers", own.kind).new(groups([*itertools.chain.from_iterable(halves)]), own)
+    optimizer = lookup.find("optimizers", own.kind).new(rate_groups(settled, loaded, bank), own)
     scaler = accelerator.scaler and torch.amp.GradScaler(loaded.device.type)  # its own: who overflows slows no other down
     goal = Goal(lookup.find("objectives", noising(settled).kind).noise, noising(settled))
     return Learner(settled.name, data, params, AcceleratedOptimizer(optimizer, scaler=scaler), goal, train, ema)
+
+
+def rate_groups(settled: Run, loaded: Family, bank: Bank) -> list[dict[str, Any]]:
+    """The optimizer's groups: layers of one rate together, those of the text encoders by themselves, since they may end earlier."""
+    deltas, train, fast = [*bank.deltas(settled.name)], settled.train, bank.fast(settled.name)
+    rates, found = peak_rates(settled, loaded), []
+    for text in (False, True):
+        alike: dict[float, dict[str, nn.Parameter]] = {}
+        for dotted, _, delta in deltas:
+            if is_text(dotted) == text:
+                alike.setdefault(rates[dotted], {}).update({f"{dotted}.{leaf}": p for leaf, p in delta.named_parameters()})
+        parts = [part for lr, params in alike.items() for part in faster(params, lr, fast, train.lora_plus_ratio)]
+        found += groups(parts, train.text_encoder_steps if text else 0)
+    return found
 
 
 def prepared(job: Job, loaded: Family, latents: Latents) -> Prepared:
@@ -190,6 +237,12 @@ def optimizing(settled: Run) -> Optimizing:
     return settled.optimizer
 
 
+def targeted(settled: Run) -> Targeted:
+    """The adapter's settings."""
+    assert isinstance(settled.adapter, Targeted)
+    return settled.adapter
+
+
 def given(value: T | None) -> T:
     """A setting that a resolved run always has."""
     assert value is not None
@@ -218,10 +271,38 @@ def doubts(settled: Run, loaded: Family, pieces: Mapping[str, Piece]) -> list[st
     return found
 
 
-def adapted(bank: Bank, name: str, loaded: Family) -> str:
-    """What is trained, in a sentence."""
-    ours = sum(p.numel() for p in bank.parameters(name).values())
-    whole = sum(p.numel() for module in loaded.components.values() for p in module.parameters() if not p.requires_grad)
+def adapted(bank: Bank, settled: Run, loaded: Family) -> tuple[str, list[dict[str, Any]]]:
+    """What is trained: a sentence, and by part of the base its layers, ranks, parameters, their share of that part, learning rates."""
+    ours = sum(p.numel() for p in bank.parameters(settled.name).values())
+    whole = sum(p.numel() for module in loaded.components.values() for p in module.parameters()) - ours
     frozen = next(p for module in loaded.components.values() for p in module.parameters() if not p.requires_grad)
     where = f"on {loaded.device.type} in {str(frozen.dtype).removeprefix('torch.')}"
-    return f"{len(list(bank.deltas(name)))} layers adapted, {ours:,} parameters trained, {ours / whole:.2%} of {whole:,}, {where}"
+    deltas, rates = [*bank.deltas(settled.name)], peak_rates(settled, loaded)
+    rows, by_part = [], dict[str, list[tuple[str, Delta]]]()
+    for dotted, _, delta in deltas:
+        by_part.setdefault(part_of(dotted), []).append((dotted, delta))
+    for part, put in by_part.items():
+        trained = sum(p.numel() for _, delta in put for p in delta.parameters())
+        base = sum(p.numel() for name, p in _parameters(loaded) if part_of(name) == part) - trained
+        ranks = sorted({int(size) for _, delta in put if isinstance(size := getattr(delta, "rank", None), int)})
+        lrs = sorted({rates[dotted] for dotted, _ in put})
+        rows.append({"part": part, "layers": len(put), "ranks": ranks, "parameters": trained, "share": trained / base, "lr": lrs})
+    return f"{len(deltas)} layers adapted, {ours:,} parameters trained, {ours / whole:.2%} of {whole:,}, {where}", rows
+
+
+def adapted_line(row: Mapping[str, Any]) -> str:
+    """A row of that table, in a line."""
+    rank = f"rank {', '.join(map(str, row['ranks']))}, " if row["ranks"] else ""
+    lr = ", ".join(f"{one:g}" for one in row["lr"])
+    return f"{row['part']}: {row['layers']} layers, {rank}{row['parameters']:,} parameters ({row['share']:.2%} of it), learning rate {lr}"
+
+
+def part_of(dotted: str) -> str:
+    """The part of a base that a layer is in: a text encoder, or the network's way down, middle, way up, or what is around them."""
+    component, _, path = dotted.partition(".")
+    block = path.partition("_")[0]
+    return component if is_text(dotted) else f"{component} {block if block in ('down', 'mid', 'up') else 'around'}"
+
+
+def _parameters(loaded: Family) -> list[tuple[str, nn.Parameter]]:
+    return [(f"{part}.{name}", p) for part, module in loaded.components.items() for name, p in module.named_parameters()]

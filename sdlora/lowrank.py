@@ -1,6 +1,6 @@
 """What LoRA and its kin share: settings with a rank, how factors start, and two factors whose product is a ΔW."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -8,10 +8,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sdlora.adapter import Delta, Targeted
+from sdlora.adapter import Block, Delta, Targeted
 
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 Init = Literal["kaiming", "gaussian", "orthogonal"]
+
+
+class RankedBlock(Block):
+    """Settings of some of the layers."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Width of their factors."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """ΔW is scaled by alpha / rank; unset: the alpha of all layers."""
 
 
 class Ranked(Targeted):
@@ -20,11 +29,21 @@ class Ranked(Targeted):
     rank: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Width of the factors; more learns more, costs more, and copies sooner."""
     alpha: Annotated[float, Field(gt=0)] | None = None
-    """ΔW is scaled by alpha / rank; unset: equal to the rank."""
+    """ΔW is scaled by alpha / rank, so that a learning rate means the same at every rank while alpha stays."""
+    blocks: list[RankedBlock] = Field(default=[])  # type: ignore[assignment]
+    """What is otherwise for some of them, a table `[[adapter.blocks]]` for each."""
 
     @classmethod
     def blank(cls) -> Self:
         return cls(rank=1, alpha=1.0)  # type: ignore[call-arg]
+
+    def at(self, said: Sequence[Block]) -> Self:
+        assert self.rank is not None
+        rank, alpha = self.rank, self.alpha
+        for block in said:
+            assert isinstance(block, RankedBlock)
+            rank, alpha = block.rank or rank, block.alpha or alpha
+        return self.model_copy(update={"rank": rank, "alpha": alpha})
 
 
 class Factored(Ranked):

@@ -53,8 +53,9 @@ class Noising(Settings):
     """Further noise that the network sees and is not asked for (Ning et al. 2023); they use 0.1."""
     huber: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Pseudo-Huber loss 2c (sqrt(d² + c²) - c) with this c, that counts large misses d less (Khrapov et al. 2024); 0: squared error."""
-    huber_schedule: Literal["constant", "snr"] = "snr"
-    """snr: c rises from `huber` where all is noise to 1 where nothing is."""
+    huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
+    """Course of c from 1 where nothing is noise to `huber` where all is: huber^(t / T), or (1 - huber) / (1 + σ)² + huber of the ratio σ
+    of noise to signal (Khrapov et al. 2024); or `huber` everywhere."""
 
     @model_validator(mode="after")
     def _is_a_range(self) -> "Noising":
@@ -92,13 +93,15 @@ def placed(uniform: Tensor, options: Noising) -> Tensor:
     return (options.t_min + (options.t_max - options.t_min) * share).clamp(max=below_one)
 
 
-def miss(predicted: Tensor, target: Tensor, snr: Tensor, options: Noising) -> Tensor:
-    """How far the prediction is off, element by element (B, C, h, w)."""
+def miss(predicted: Tensor, target: Tensor, snr: Tensor, options: Noising, share: Tensor) -> Tensor:
+    """How far the prediction is off, element by element (B, C, h, w); `share` (B,) is each sample's place t / T in the schedule."""
     apart = predicted - target
     if not options.huber:
         return apart.square()
     c = torch.full_like(snr, options.huber)
-    if options.huber_schedule == "snr":
+    if options.huber_schedule == "exponential":
+        c = c.pow(share)
+    elif options.huber_schedule == "snr":
         c = (1 - options.huber) / (1 + snr.rsqrt()).square() + options.huber
     c = c.to(apart.dtype).view(-1, 1, 1, 1)
     return 2 * c * ((apart.square() + c.square()).sqrt() - c)

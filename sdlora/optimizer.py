@@ -85,9 +85,17 @@ def library(config: Optimizing) -> ModuleType:
         raise UserError("E-OPT-01", what, "optimizer.kind", 'install it: pip install "sdlora[optim]"') from error
 
 
-def groups(parts: Sequence[tuple[Mapping[str, nn.Parameter], float]]) -> list[dict[str, Any]]:
-    """Groups of (named parameters, learning rate); what would stand still is left out."""
-    return [{"params": list(params.values()), "lr": lr, "peak_lr": lr} for params, lr in parts if params and lr > 0]
+def groups(parts: Sequence[tuple[Mapping[str, nn.Parameter], float]], until: int = 0) -> list[dict[str, Any]]:
+    """Groups of (named parameters, learning rate) that move until a step (0: to the end); what would stand still is left out."""
+    return [{"params": list(params.values()), "lr": lr, "peak_lr": lr, "until": until} for params, lr in parts if params and lr > 0]
+
+
+def rest(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Keep groups whose time is over as they are: what has no gradient moves by nothing, neither decay nor momentum."""
+    for group in optimizer.param_groups:
+        if 0 < group["until"] <= step:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 def faster(params: Mapping[str, nn.Parameter], lr: float, fast: set[str], ratio: float) -> list[tuple[dict[str, nn.Parameter], float]]:

@@ -67,6 +67,7 @@ def page(out: Path) -> str:
     told = Told(out, one, log, table, _json(out / "ledger.json"), _json(out / "environment.json"))
     parts = [
         ("What it learnt", _learnt),
+        ("What it adapts", _adapted),
         ("While it trained", _previews),
         ("Loss by step", _loss),
         ("Learning rate by step", _rate),
@@ -128,6 +129,20 @@ def _learnt(told: Told) -> str:
         )
     strip = _image(told.out, "strip.png", "The same seed on the base and at rising scales of what was learnt, a row for each prompt")
     return said + strip
+
+
+def _adapted(told: Told) -> str:
+    rows = {event["data"]["adapted"]["part"]: event["data"]["adapted"] for event in told.of_kind("note") if "adapted" in event["data"]}
+    heads = ("part", "layers", "rank", "parameters", "of the part's own", "learning rate")
+    cells = [
+        (part, one["layers"], ", ".join(map(str, one["ranks"])), f"{one['parameters']:,}", f"{one['share']:.2%}", _rates(one["lr"]))
+        for part, one in rows.items()
+    ]
+    return _table(cells, heads) if cells else ""
+
+
+def _rates(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def _previews(told: Told) -> str:
@@ -246,7 +261,8 @@ def _files(told: Told) -> str:
 def _particulars(told: Told) -> str:
     """What only few readers open."""
     around = [(key, value if isinstance(value, str | int | float) else json.dumps(value)) for key, value in told.environment.items()]
-    said = "".join(f"<li>{escape(event['text'])}</li>" for event in told.of_kind("note") if event["text"])
+    notes = told.of_kind("note")
+    said = "".join(f"<li>{escape(event['text'])}</li>" for event in notes if event["text"] and "adapted" not in event["data"])
     return (
         (_folded("Settings", f"<pre>{escape(tomli_w.dumps(_shareable(told.settings)))}</pre>") if told.settings else "")
         + (_folded("Environment", _table(around, ("", ""))) if around else "")

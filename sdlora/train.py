@@ -16,7 +16,7 @@ from sdlora.data.batches import Batch, Prepared, grouped
 from sdlora.errors import RESOURCES, UserError
 from sdlora.family import Family
 from sdlora.objective import Noise, Noised, Noising, miss
-from sdlora.optimizer import set_rate
+from sdlora.optimizer import rest, set_rate
 from sdlora.schedule import rate
 
 
@@ -198,7 +198,8 @@ def sample_losses(family: Family, bank: Bank, batch: Batch, goals: Sequence[Goal
     idle = frozenset(range(len(goals))) - set(batch.slot.tolist())
     bank.route = Route(torch.ones(1, device=device), slot if len(goals) > 1 else None, idle)
     predicted = said(family, noised.x, noised.t, text, frame).to(target.dtype)
-    missed = [miss(predicted[rows], target[rows], noised.snr[rows], goal.config) for goal, rows in by_goal(batch, goals)]
+    share = noised.t / len(family.alphas_cumprod)
+    missed = [miss(predicted[rows], target[rows], noised.snr[rows], goal.config, share[rows]) for goal, rows in by_goal(batch, goals)]
     return (torch.cat(missed) * batch.weight.to(device)).mean((1, 2, 3)) * noised.weight
 
 
@@ -234,6 +235,7 @@ def update(learner: Learner, loss: Tensor) -> Tensor:
     scaler = learner.optimizer.scaler
     if scaler is not None:
         scaler.unscale_(learner.optimizer.optimizer)
+    rest(learner.optimizer, learner.step)
     norm = nn.utils.clip_grad_norm_(learner.params.values(), learner.train.clip_norm)
     finite: Tensor = loss.isfinite() & norm.isfinite()
     if scaler is None:

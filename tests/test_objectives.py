@@ -179,13 +179,14 @@ def test_extras_are_functions_of_seed_and_sample() -> None:
 
 def test_the_huber_loss_is_its_formula() -> None:
     predicted, target, snr = small.numbers((3, 2, 2, 2)), small.numbers((3, 2, 2, 2), 1), torch.tensor([torch.inf, 1.0, 0.0])
-    apart = predicted - target
-    assert torch.equal(miss(predicted, target, snr, Noising()), apart.square())
-    for schedule, cs in (("constant", [0.2] * 3), ("snr", [1.0, 0.2 + 0.8 / 4, 0.2])):
-        found = miss(predicted, target, snr, Noising(huber=0.2, huber_schedule=schedule))  # type: ignore[arg-type]
+    apart, share = predicted - target, torch.tensor([0.0, 0.5, 1.0])
+    assert torch.equal(miss(predicted, target, snr, Noising(), share), apart.square())
+    courses = {"constant": [0.2] * 3, "snr": [1.0, 0.2 + 0.8 / 4, 0.2], "exponential": [1.0, 0.2**0.5, 0.2]}
+    for schedule, cs in courses.items():
+        found = miss(predicted, target, snr, Noising(huber=0.2, huber_schedule=schedule), share)  # type: ignore[arg-type]
         for i, c in enumerate(cs):
             torch.testing.assert_close(found[i], 2 * c * ((apart[i].square() + c * c).sqrt() - c), rtol=1e-5, atol=1e-6)
-    tight = miss(predicted, target, snr, Noising(huber=1e-3, huber_schedule="constant"))
+    tight = miss(predicted, target, snr, Noising(huber=1e-3, huber_schedule="constant"), share)
     torch.testing.assert_close(tight / 2e-3, apart.abs() - 1e-3, rtol=0, atol=1e-3)
 
 

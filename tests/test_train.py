@@ -491,6 +491,8 @@ ELSEWHERE = {  # which test shows it
         ["optimizer.kind", *(f"optimizer.{name}" for name in ("beta1", "beta2", "eps"))],
         "test_optimizers: every setting of an optimizer changes its steps",
     ),
+    "adapter.blocks": "test_tuning: layers have a rank, an alpha and a rate of their own",
+    "train.text_encoder_steps": "test_tuning: a text encoder stops where it is told",
     "train.cycles": "test_schedule: schedules have their closed forms",
     "train.decay_share": "test_schedule: schedules have their closed forms",
     "train.warmup_share": "test_schedule: a warm-up may be a share of the steps",

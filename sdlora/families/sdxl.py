@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
 from sdlora.family import Base, whole_frames
-from sdlora.latent_diffusion import LatentDiffusion, recognised
+from sdlora.latent_diffusion import LatentDiffusion, attention_of, recognised
 from sdlora.source import Source
 
 BLOCKS, LAYERS = 3, 2
@@ -48,6 +48,12 @@ class SDXL(LatentDiffusion):
         "text_encoder": "lora_te1",
         "text_encoder_2": "lora_te2",
         **{f"unet.{ours}": f"lora_unet_{theirs.replace('.', '_')}" for ours, theirs in original_names()},
+    }
+    presets: ClassVar = {
+        **LatentDiffusion.presets,
+        # Frenkel et al. 2024 (B-LoRA, section 4.1): the first attention block of the way up settles what is shown, the second its look.
+        "content-block": attention_of("unet.up_blocks.0.attentions.0."),
+        "style-block": attention_of("unet.up_blocks.0.attentions.1."),
     }
     cross_attention_dim: ClassVar = 2048
     last_layer: ClassVar = 2

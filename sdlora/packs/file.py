@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from sdlora import lookup, safeio
 from sdlora.adapter import Bank
 from sdlora.errors import NUMBERS, UserError
 from sdlora.family import Base, Family, Reading
+from sdlora.lowrank import DOWN, UP
 from sdlora.packs import keys
 
 MAX_BYTES = 4 * 2**30
@@ -86,7 +88,21 @@ def tensors_of(bank: Bank, name: str, family: Family, dtype: torch.dtype = torch
                     "E-NUM-02", "a weight is not finite or too large for fp16; no pack is written", key, "lower train.lr", NUMBERS
                 )
             found[key] = values.to(own)
-    return found
+    return levelled(found)
+
+
+def levelled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same adapter with one alpha in all factors, the most frequent: diffusers, for one, takes one for all where they differ."""
+    modules = {module: one for module, one in keys.by_module(tensors).items() if {DOWN, UP, "alpha"} <= set(one)}
+    if not modules:
+        return tensors
+    common, _ = Counter(float(one["alpha"]) for one in modules.values()).most_common(1)[0]
+    changed = dict(tensors)
+    for module, one in modules.items():
+        if float(one["alpha"]) != common:
+            changed[f"{module}.{UP}"] = (one[UP].float() * float(one["alpha"]) / common).to(one[UP].dtype)
+            changed[f"{module}.alpha"] = torch.tensor(common)
+    return changed
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], describe: Callable[[str], dict[str, str]]) -> None:

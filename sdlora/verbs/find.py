@@ -1,10 +1,98 @@
 """`sdlora find ...`: what suits a set of pictures, measured."""
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
 import typer
 
+from sdlora.errors import UserError
+from sdlora.terminal import say, shown_errors
+
+if TYPE_CHECKING:
+    from sdlora.api import Event, Run
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure what suits a set of pictures.")
+
+Source = Annotated[Path, typer.Argument(help="folder with the pictures, or a TOML file of settings", metavar="DIR|F.toml")]
+Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=C", help="set one setting; may be repeated")]
+Steps = Annotated[int, typer.Option(min=10, help="steps of each short run")]
+Out = Annotated[Path, typer.Option(help="folder for the picture and the figures", metavar="DIR")]
 
 
 @app.callback()
 def group() -> None:
     """Measure what suits a set of pictures."""
+
+
+@app.command()
+def lr(
+    source: Source,
+    steps: Steps = 120,
+    low: Annotated[float, typer.Option(min=1e-9, help="lowest rate that is tried")] = 1e-6,
+    high: Annotated[float, typer.Option(max=10.0, help="highest rate that is tried")] = 1e-1,
+    set_: Set = None,
+    out: Out = Path("found"),
+) -> None:
+    """Propose a learning rate: one short run in which it grows until the loss on pictures held out rises."""
+    with shown_errors(), TemporaryDirectory() as scratch:
+        from sdlora import api
+
+        run = settled(source, set_)
+        told(api.find_rate(run, Path(scratch), steps, low, high), out / "lr")
+
+
+@app.command()
+def dimension(
+    source: Source,
+    steps: Steps = 100,
+    ranks: Annotated[str, typer.Option(help="ladder of ranks")] = "1,2,4,8,16,32",
+    dimensions: Annotated[str, typer.Option(help="ladder of dimensions of a subspace; empty: none")] = "",
+    set_: Set = None,
+    out: Out = Path("found"),
+) -> None:
+    """Find the smallest adapter that learns nine tenths of what the largest does, by short runs of each size."""
+    with shown_errors(), TemporaryDirectory() as scratch:
+        from sdlora import api
+
+        ladders = {"rank": numbers(ranks, "--ranks"), "dimension": numbers(dimensions, "--dimensions")}
+        run = settled(source, set_)
+        told(api.find_dimension(run, Path(scratch), steps, {name: ladder for name, ladder in ladders.items() if ladder}), out / "dimension")
+
+
+def settled(source: Path, assignments: Optional[list[str]]) -> "Run":
+    """The run that a folder or a file of settings, and assignments, mean."""
+    from sdlora import api
+
+    file = source if source.suffix == ".toml" else None
+    table = api.read_settings(file, assignments or [])
+    if not file:
+        api.override(table, f"data.folder={json.dumps(str(source))}")
+    return api.settle(table, file or "command line")
+
+
+def told(events: "Iterator[Event]", place: Path) -> None:
+    """Say what a search does; its end is written as PLACE.png and PLACE.json."""
+    from sdlora import api
+
+    for event in events:
+        say(event.text)
+        if event.kind == "done":
+            found: dict[str, Any] = {**event.data}
+            picture = found.pop("picture")
+            api.save_text(place.with_suffix(".json"), lambda found=found: json.dumps(found, indent=1))  # type: ignore[misc]
+            api.save_sheet(place.with_suffix(".png"), lambda picture=picture: picture)  # type: ignore[misc]
+            say(f"written: {place.with_suffix('.png')}, {place.with_suffix('.json')}")
+
+
+def numbers(text: str, where: str) -> list[int]:
+    """`1,2,4` as numbers, rising."""
+    try:
+        found = sorted({int(part) for part in text.split(",")}) if text.strip() else []
+    except ValueError:
+        found = [0]
+    if any(one < 1 for one in found):
+        raise UserError("E-FIND-05", f'"{text}" is no list of sizes', where, "write for example 1,2,4,8")
+    return found

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from sdlora.errors import UserError
 from sdlora.terminal import console, progress, say, show, shown_errors
+from sdlora.verbs.find import numbers
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="See what became of runs, and how one is going.")
 
@@ -74,6 +75,23 @@ def report(
         checked(run)
         report.write(run, out)
         say(str(out or run / "report.html"))
+
+
+@app.command()
+def average(
+    run: Folder,
+    last: Annotated[int, typer.Option(min=2, help="how many of the newest checkpoints")] = 3,
+    steps: Annotated[str, typer.Option(help="or these, as 400,500,600")] = "",
+    out: Annotated[Optional[Path], typer.Option(help="pack to write; default: NAME-average.safetensors in the run folder")] = None,
+) -> None:
+    """Write a pack with the mean of a finished run's checkpoints, exactly: of LoRA's, the ranks add up."""
+    with shown_errors():
+        from sdlora import api, record
+
+        checked(run)
+        path = out or run / f"{record.read(run).name}-average.safetensors"
+        pack = api.average_run(run, path, numbers(steps, "--steps"), last)
+        say(f"{path}: the mean of steps {pack.metadata['sdlora.average_of_steps']}")
 
 
 def attach(run: Path) -> None:
