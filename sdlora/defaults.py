@@ -86,12 +86,17 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     # The average that it trains towards does what a falling rate does.
     "schedulefree": {"train.schedule": "constant"},
 }
+ADAPTERS: dict[str, dict[str, Any]] = {
+    # These sit on whole blocks, which other kinds do not fit.
+    "houlsby": {"adapter.targets": ["blocks"]},
+    "prefix": {"adapter.targets": ["cross-attention-blocks"]},
+}
 RATES = {"lion": 0.2, "lion8bit": 0.2}
 """Factors on the rates that suit AdamW: every number moves by the whole rate, so that the authors take 3 to 10 times less."""
 
 
-def settings(kind: str, row: str, optimizer: str = "") -> dict[str, Any]:
+def settings(kind: str, row: str, optimizer: str = "", adapter: str = "") -> dict[str, Any]:
     """Dotted names and values for a job of this kind on a base whose defaults are in this row."""
-    found = {**TABLE.get((ANY, row), {}), **TABLE.get((kind, row), {}), **OPTIMIZERS.get(optimizer, {})}
+    found = {**TABLE.get((ANY, row), {}), **TABLE.get((kind, row), {}), **OPTIMIZERS.get(optimizer, {}), **ADAPTERS.get(adapter, {})}
     factor = RATES.get(optimizer, 1.0)
     return {name: value * factor if name in ("train.lr", "train.text_encoder_lr") else value for name, value in found.items()}

@@ -40,6 +40,8 @@ class LatentDiffusion(Family):
         "cross-attention": ["unet.*.attn2.to_[qkv]", "unet.*.attn2.to_out.0"],
         "attention": ATTENTION,
         "all-linear": [*ATTENTION, "unet.*.ff.net.*", "unet.*.proj_in", "unet.*.proj_out"],
+        "cross-attention-blocks": ["unet.*.attn2"],
+        "blocks": ["unet.*.attn[12]", "unet.*.ff"],
         "text-encoder": ["text_encoder*.self_attn.*_proj", "text_encoder*.mlp.fc[12]"],
     }
     prefixes: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder": "lora_te"}

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -157,9 +157,9 @@ def doubts(settled: Run, loaded: Family, pieces: Mapping[str, Piece]) -> list[st
     layers = loaded.layers()
     found, large = [], []
     for dotted, (kind, config) in pieces.items():
-        layer: Any = layers[dotted]
-        own = sum(p.numel() for p in kind.Adapter(layer, config, stream(0, "size")).parameters())
-        large += [(dotted, own / layer.weight.numel())] if own > layer.weight.numel() else []
+        own = sum(p.numel() for p in kind.Adapter(layers[dotted], config, stream(0, "size")).parameters())
+        whole = sum(p.numel() for p in layers[dotted].parameters(recurse=kind.Adapter.merges is False))
+        large += [(dotted, own / whole)] if own > whole and not kind.Adapter.shared else []
     if len(large) == len(pieces) and min(share for _, share in large) > 2:  # a rank as large as a layer's smaller side gives 2 at most
         what = f"on each of its layers the adapter holds over twice as many numbers as the layer itself ({large[0][0]})"
         raise UserError("E-ADAPT-04", what, "adapter.rank", "lower it: nothing more can be learnt beyond the side of a layer")

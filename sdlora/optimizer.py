@@ -87,7 +87,8 @@ def library(config: Optimizing) -> ModuleType:
 
 def groups(parts: Sequence[tuple[Mapping[str, nn.Parameter], float]]) -> list[dict[str, Any]]:
     """Groups of (named parameters, learning rate); what would stand still is left out."""
-    return [{"params": list(params.values()), "lr": lr, "peak_lr": lr} for params, lr in parts if params and lr > 0]
+    moving = [([p for p in params.values() if p.requires_grad], lr) for params, lr in parts if lr > 0]
+    return [{"params": params, "lr": lr, "peak_lr": lr} for params, lr in moving if params]
 
 
 def faster(params: Mapping[str, nn.Parameter], lr: float, fast: set[str], ratio: float) -> list[tuple[dict[str, nn.Parameter], float]]:
