@@ -68,6 +68,8 @@ class Delta(nn.Module):
     """Leaves whose values a pack holds in float32."""
     network: ClassVar[str] = "lycoris.kohya"
     """The module by which trainers of packs know the kind."""
+    shared: ClassVar[bool] = False
+    """Whether all layers of an adapter hold the same parameters, those of the first."""
     fast: ClassVar[Sequence[str]] = ()
     """Its parameters that may learn faster than the others (LoRA+): those that start at zero, where the kind is such a product."""
 
@@ -79,9 +81,13 @@ class Delta(nn.Module):
         """What is added, at strength 1, to the layer's own output `y` for its input `x`; overridden where it can be had cheaper."""
         return applied(layer, x, self.difference(layer))
 
+    def dropped(self, layer: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+        """`change` in training, where a kind may leave parts of itself out, by random numbers that each sample's key (B,) settles."""
+        return self.change(layer, x, y)
+
     def merged(self, layer: nn.Module) -> Tensor | None:
         """ΔW as `change` has it at once, float32; None if the kind has none."""
-        return self.difference(layer).detach().float()
+        return self.difference(layer).detach().float() if self.merges else None
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of this layer in a pack, by the leaf names that readers of packs know."""
@@ -112,11 +118,13 @@ class Delta(nn.Module):
         """
         for slot, delta in deltas:
             rows, strength = route.rows(slot, len(x))
-            if rows is None:
-                out = out + wide(strength, y) * delta.change(layer, x, y)
-            elif len(rows):
-                part = wide(strength, y) * delta.change(layer, x[rows], y[rows])
-                out = out.index_add(0, rows, part.to(y.dtype))
+            if rows is not None and not len(rows):
+                continue
+            own_x, own_y = (x, y) if rows is None else (x[rows], y[rows])
+            keys = route.keys if rows is None or route.keys is None else route.keys[rows]
+            change = delta.change(layer, own_x, own_y) if keys is None else delta.dropped(layer, own_x, own_y, keys)
+            part = wide(strength, y) * change
+            out = out + part if rows is None else out.index_add(0, rows, part.to(y.dtype))
         return out
 
 
@@ -138,12 +146,14 @@ class Route:
     """Which adapters act on which samples of a batch.
 
     `index` (B,) names the one slot of each sample and `strength` is (B,) or (1,); without `index` every slot acts on every sample and
-    `strength` is (K,) or (B, K). Slots in `idle` act on no sample and cost nothing.
+    `strength` is (K,) or (B, K). Slots in `idle` act on no sample and cost nothing. In training, and only there, `keys` (B,) int64 are what
+    the random numbers of each sample's dropout are made of.
     """
 
     strength: Tensor
     index: Tensor | None = None
     idle: frozenset[int] = frozenset()
+    keys: Tensor | None = None
 
     def rows(self, slot: int, batch: int) -> tuple[Tensor | None, Tensor]:
         """The samples that a slot acts on (None: all of them) and its strength on them: (n,) or (1,)."""
@@ -183,8 +193,9 @@ class Site(nn.Module):
     def bias(self) -> Any:
         return self.layer.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
+    def forward(self, x: Tensor, *rest: Any, **named: Any) -> Tensor:
+        """`x` (B, ...) is what the layer works on; what else it is given (the text, to an attention) is no adapter's concern."""
+        y: Tensor = self.layer(x, *rest, **named)
         bank = self._bank[0]
         if bank.route is None:
             return y
@@ -216,6 +227,11 @@ class Bank:
             site = self.sites.get(dotted) or self._adapt(dotted)
             site.deltas[name] = kind.Adapter(site.layer, config, rng(dotted))
         self.adapters.append(name)
+        firsts: dict[type[Delta], Delta] = {}
+        for _, _, delta in self.deltas(name):
+            first = firsts.setdefault(type(delta), delta)
+            for leaf, parameter in list(first.named_parameters()) if delta.shared else []:
+                delta.register_parameter(leaf, parameter)
 
     def remove(self, name: str) -> None:
         """Take an adapter off; layers that carry none any more are the base's own again."""
@@ -253,12 +269,12 @@ class Bank:
                 yield dotted, site.layer, delta
 
     def parameters(self, name: str, component: str = "") -> dict[str, nn.Parameter]:
-        """The trainable parameters of one adapter (in one component), by full name."""
-        found: dict[str, nn.Parameter] = {}
+        """The parameters of one adapter (in one component), by full name; those that layers share once, by the first layer's name."""
+        found: dict[int, tuple[str, nn.Parameter]] = {}
         for dotted, _, delta in self.deltas(name):
-            if dotted.startswith(component):
-                found |= {f"{dotted}.{leaf}": p for leaf, p in delta.named_parameters()}
-        return found
+            for leaf, parameter in delta.named_parameters():
+                found.setdefault(id(parameter), (f"{dotted}.{leaf}", parameter))
+        return {full: parameter for full, parameter in found.values() if full.startswith(component)}
 
     def fast(self, name: str) -> set[str]:
         """Full names of the parameters of one adapter that may learn faster than the others."""
@@ -276,7 +292,7 @@ class Bank:
         self.remove(name)
 
     def _adapt(self, dotted: str) -> Site:
-        layer = self._parent(dotted).get_submodule(dotted.rpartition(".")[2])
+        layer = getattr(self._parent(dotted), dotted.rpartition(".")[2])
         site = Site(layer, self)
         self._replace(dotted, site)
         self.sites[dotted] = site
@@ -286,8 +302,16 @@ class Bank:
         setattr(self._parent(dotted), dotted.rpartition(".")[2], module)
 
     def _parent(self, dotted: str) -> nn.Module:
-        component, _, path = dotted.partition(".")
-        return self.components[component].get_submodule(path.rpartition(".")[0])
+        component, *path = dotted.split(".")
+        module = self.components[component]
+        for part in path[:-1]:
+            module = frozen(getattr(module, part))
+        return module
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """The base's own layer, whether or not adapters sit on it."""
+    return module.layer if isinstance(module, Site) else module
 
 
 def frozen_layers(components: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -295,7 +319,7 @@ def frozen_layers(components: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
 
     def walk(name: str, module: nn.Module) -> None:
-        found[name] = module.layer if isinstance(module, Site) else module
+        found[name] = frozen(module)
         for child, inner in found[name].named_children():
             walk(f"{name}.{child}", inner)
 

@@ -258,7 +258,8 @@ def parse(table: dict[str, Any], source: object = "") -> Run:
 def resolve(run: Run, row: str) -> Run:
     """The run with nothing left open: what depends on the job and the base (`row` of the defaults) is filled in."""
     table = run.model_dump()
-    for dotted, value in defaults.settings(run.kind, row, table["optimizer"].get("kind", ""), table["adapter"].get("kind", "")).items():
+    chosen = (table[part].get("kind", "") for part in ("optimizer", "adapter"))
+    for dotted, value in defaults.settings(run.kind, row, *chosen).items():
         part, _, field = dotted.partition(".")
         if table[part].get(field, value) is None:
             table[part][field] = value

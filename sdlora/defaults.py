@@ -90,16 +90,21 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     # The average that it trains towards does what a falling rate does.
     "schedulefree": {"train.schedule": "constant"},
 }
+ADAPTERS: dict[str, dict[str, Any]] = {
+    # These sit on whole blocks, which other kinds do not fit.
+    "houlsby": {"adapter.targets": ["blocks"]},
+    "prefix": {"adapter.targets": ["cross-attention-blocks"]},
+}
 RATES = {"lion": 0.2, "lion8bit": 0.2}
 """Factors on the rates that suit AdamW: every number moves by the whole rate, so that the authors take 3 to 10 times less."""
 
 
-ADAPTERS: dict[str, float] = {}
+ADAPTER_RATES: dict[str, float] = {}
 """Factors on the rates that suit LoRA, by kind of adapter; `docs/measured.md` has the runs that they are taken from."""
 
 
 def settings(kind: str, row: str, optimizer: str = "", adapter: str = "") -> dict[str, Any]:
     """Dotted names and values for a job of this kind on a base whose defaults are in this row."""
-    found = {**TABLE.get((ANY, row), {}), **TABLE.get((kind, row), {}), **OPTIMIZERS.get(optimizer, {})}
-    factor = RATES.get(optimizer, 1.0) * (1.0 if "train.lr" in OPTIMIZERS.get(optimizer, {}) else ADAPTERS.get(adapter, 1.0))
+    found = {**TABLE.get((ANY, row), {}), **TABLE.get((kind, row), {}), **OPTIMIZERS.get(optimizer, {}), **ADAPTERS.get(adapter, {})}
+    factor = RATES.get(optimizer, 1.0) * (1.0 if "train.lr" in OPTIMIZERS.get(optimizer, {}) else ADAPTER_RATES.get(adapter, 1.0))
     return {name: value * factor if name in ("train.lr", "train.text_encoder_lr") else value for name, value in found.items()}

@@ -52,6 +52,8 @@ class LatentDiffusion(Family):
         "all-linear": LINEAR,
         "all-linear+conv": [*LINEAR, "unet.*.resnets.*.conv*", "unet.*samplers.0.conv"],
         "up-blocks": attention_of("unet.up_blocks."),
+        "cross-attention-blocks": ["unet.*.attn2"],
+        "blocks": ["unet.*.attn[12]", "unet.*.ff"],
         "text-encoder": ["text_encoder*.self_attn.*_proj", "text_encoder*.mlp.fc[12]"],
     }
     prefixes: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder": "lora_te"}

@@ -172,13 +172,14 @@ def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, 
 
 def rate_groups(settled: Run, loaded: Family, bank: Bank) -> list[dict[str, Any]]:
     """The optimizer's groups: layers of one rate together, those of the text encoders by themselves, since they may end earlier."""
-    deltas, train, fast = [*bank.deltas(settled.name)], settled.train, bank.fast(settled.name)
+    train, fast, trained = settled.train, bank.fast(settled.name), bank.parameters(settled.name)
     rates, found = peak_rates(settled, loaded), []
     for text in (False, True):
         alike: dict[float, dict[str, nn.Parameter]] = {}
-        for dotted, _, delta in deltas:
+        for dotted, _, delta in bank.deltas(settled.name):
             if is_text(dotted) == text:
-                alike.setdefault(rates[dotted], {}).update({f"{dotted}.{leaf}": p for leaf, p in delta.named_parameters()})
+                own = {name: trained[name] for leaf, _ in delta.named_parameters() if (name := f"{dotted}.{leaf}") in trained}
+                alike.setdefault(rates[dotted], {}).update(own)  # what layers share is known by the first of them
         parts = [part for lr, params in alike.items() for part in faster(params, lr, fast, train.lora_plus_ratio)]
         found += groups(parts, train.text_encoder_steps if text else 0)
     return found
@@ -254,9 +255,9 @@ def doubts(settled: Run, loaded: Family, pieces: Mapping[str, Piece]) -> list[st
     layers = loaded.layers()
     found, large = [], []
     for dotted, (kind, config) in pieces.items():
-        layer: Any = layers[dotted]
-        own = sum(p.numel() for p in kind.Adapter(layer, config, stream(0, "size")).parameters())
-        large += [(dotted, own / layer.weight.numel())] if own > layer.weight.numel() else []
+        own = sum(p.numel() for p in kind.Adapter(layers[dotted], config, stream(0, "size")).parameters())
+        whole = sum(p.numel() for p in layers[dotted].parameters(recurse=kind.Adapter.merges is False))
+        large += [(dotted, own / whole)] if own > whole and not kind.Adapter.shared else []
     if len(large) == len(pieces) and min(share for _, share in large) > 2:  # a rank as large as a layer's smaller side gives 2 at most
         what = f"on each of its layers the adapter holds over twice as many numbers as the layer itself ({large[0][0]})"
         raise UserError("E-ADAPT-04", what, "adapter.rank", "lower it: nothing more can be learnt beyond the side of a layer")

@@ -87,7 +87,8 @@ def library(config: Optimizing) -> ModuleType:
 
 def groups(parts: Sequence[tuple[Mapping[str, nn.Parameter], float]], until: int = 0) -> list[dict[str, Any]]:
     """Groups of (named parameters, learning rate) that move until a step (0: to the end); what would stand still is left out."""
-    return [{"params": list(params.values()), "lr": lr, "peak_lr": lr, "until": until} for params, lr in parts if params and lr > 0]
+    moving = [([p for p in params.values() if p.requires_grad], lr) for params, lr in parts if lr > 0]
+    return [{"params": params, "lr": lr, "peak_lr": lr, "until": until} for params, lr in moving if params]
 
 
 def rest(optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -18,6 +18,24 @@ def stream(seed: int, purpose: str, *index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key))
 
 
+def uniform(keys: Tensor, salt: int, count: int) -> Tensor:
+    """(B, count) numbers in [0, 1), float32, each row a function of its key (B,) int64 and the salt, on any device the same.
+
+    SplitMix64 (Steele et al. 2014, figure 14), whose additions and products int64 does modulo 2^64 as well; it costs no copy to a device.
+    """
+
+    def shifted(z: Tensor, bits: int) -> Tensor:
+        return (z >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts its sign in
+
+    def mixed(z: Tensor) -> Tensor:
+        z = (z ^ shifted(z, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+        z = (z ^ shifted(z, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+        return z ^ shifted(z, 31)
+
+    places = torch.arange(1, count + 1, device=keys.device) * -0x61C8864680B583EB  # 0x9E3779B97F4A7C15
+    return shifted(mixed(mixed(keys + salt)[:, None] + places), 40).float() / 2**24
+
+
 def normal(shape: tuple[int, ...], seed: int, purpose: str, *index: int) -> Tensor:
     """Standard normal noise of the given shape, float32, on the CPU."""
     return torch.from_numpy(stream(seed, purpose, *index).standard_normal(shape, dtype=np.float32))

@@ -196,7 +196,7 @@ def sample_losses(family: Family, bank: Bank, batch: Batch, goals: Sequence[Goal
             base = said(family, noised.x[prior], noised.t[prior], text[prior], frame[prior])
             target = target.index_copy(0, prior, base.to(target.dtype))
     idle = frozenset(range(len(goals))) - set(batch.slot.tolist())
-    bank.route = Route(torch.ones(1, device=device), slot if len(goals) > 1 else None, idle)
+    bank.route = Route(torch.ones(1, device=device), slot if len(goals) > 1 else None, idle, batch.key.to(device))
     predicted = said(family, noised.x, noised.t, text, frame).to(target.dtype)
     share = noised.t / len(family.alphas_cumprod)
     missed = [miss(predicted[rows], target[rows], noised.snr[rows], goal.config, share[rows]) for goal, rows in by_goal(batch, goals)]

@@ -126,7 +126,7 @@ def modules(family: Family) -> dict[str, int]:
 
 def some_config(kind: Any, rank: int = 3, alpha: float = 1.5) -> Settings:
     """A kind's settings, of which a rank and an alpha are given where it has them."""
-    given = {"rank": rank, "alpha": alpha}
+    given = {"rank": rank, "alpha": alpha, "bottleneck": 2 * rank, "tokens": rank, "dimension": 40 + rank}
     config: Settings = kind.Config(**{key: value for key, value in given.items() if key in kind.Config.model_fields})
     return config
 

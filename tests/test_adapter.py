@@ -9,20 +9,26 @@ import peft
 import pytest
 import small
 import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
 from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 
 from sdlora import lookup
 from sdlora.adapter import Bank, Delta, Route, choose_sites
-from sdlora.adapters import dora, lokr, lora, oft
+from sdlora.adapters import dora, lokr, lora, oft, subspace
 from sdlora.errors import UserError
 from sdlora.family import Family
 from sdlora.lowrank import Init
+from sdlora.optimizer import groups
 from sdlora.settings import Settings
 
 KINDS = lookup.names("adapters")
-LAYERS = ("linear", "linear-plain", "conv1", "conv3", "conv3-wide")
+BLOCKS = ("houlsby", "prefix")
+"""Kinds that sit on whole blocks."""
+PRESET = {kind: ["attention", "text-encoder"] for kind in KINDS} | {"houlsby": ["blocks"], "prefix": ["cross-attention-blocks"]}
+LAYERS = ("linear", "linear-plain", "conv1", "conv3", "conv3-wide", "attention", "feed-forward")
 
 
 def new_layer(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
@@ -37,8 +43,10 @@ def new_layer(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module,
             "conv3-wide": nn.Conv2d(4, 6, 3, padding=2, dilation=2),
             "conv3-plain": nn.Conv2d(4, 6, 3, bias=False),
             "linear-broad": nn.Linear(36, 25),
+            "attention": Attention(6, heads=2, dim_head=4),
+            "feed-forward": FeedForward(6, mult=2),
         }[name]
-    shape = (4, 3, layer.in_features) if isinstance(layer, nn.Linear) else (4, 4, 7, 7)
+    shape = (4, 4, 7, 7) if isinstance(layer, nn.Conv2d) else (4, 3, {"linear-broad": 36}.get(name, 6))
     return layer.requires_grad_(False).to(dtype), small.numbers(shape, 5, dtype)
 
 
@@ -67,6 +75,8 @@ def delta_of(bank: Bank, name: str = "a") -> Delta:
 def kind_and_layer(kind: str, name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, nn.Module, Tensor]:
     module = lookup.find("adapters", kind)
     layer, x = new_layer(name, dtype)
+    if kind in BLOCKS and name in ("linear", "conv3", "linear-broad"):  # where a test has one layer for all kinds
+        layer, x = new_layer("attention", dtype)
     if not module.fits(layer):
         pytest.skip(f"{kind} does not sit on such a layer")
     return module, layer, x
@@ -232,7 +242,7 @@ def read_oft(t: Leaves, w: Tensor) -> Tensor:
 
 READERS = {
     "lora": read_lora, "dora": read_dora, "loha": read_loha, "lokr": read_lokr, "ia3": read_ia3, "oft": read_oft,
-    "full": lambda t, _: t["diff"],
+    "full": lambda t, _: t["diff"], "subspace": lambda t, _: t["diff"],
 }  # fmt: skip
 """What ComfyUI, A1111 and LyCORIS make of a layer's leaves (docs/packs.md)."""
 
@@ -241,7 +251,9 @@ READERS = {
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_readers_of_packs_make_the_same_of_its_leaves(kind: str, name: str, rank: int) -> None:
-    _, layer, _ = kind_and_layer(kind, name)
+    module, layer, _ = kind_and_layer(kind, name)
+    if not module.Adapter.merges:
+        pytest.skip("no reader of packs knows it")
     delta = delta_of(banked(layer, [kind], (rank,)))
     leaves = {leaf: tensor.detach() for leaf, tensor in delta.tensors().items()}
     merged = delta.merged(layer)
@@ -251,7 +263,8 @@ def test_readers_of_packs_make_the_same_of_its_leaves(kind: str, name: str, rank
 
 OTHER: dict[str, Any] = {
     "rank": 4, "alpha": 0.5, "rank_stabilised": True, "init": "orthogonal", "axis": "out", "constant_norm": True,
-    "factor": 2, "decompose_both": True, "side": "in", "block_size": 5,
+    "factor": 2, "decompose_both": True, "side": "in", "block_size": 5, "lora_fa": True, "dropout": 0.5, "rank_dropout": 0.5,
+    "module_dropout": 0.5, "bottleneck": 5, "tokens": 3, "dimension": 9,
 }  # fmt: skip
 """Another value for each setting that a kind may have."""
 
@@ -270,9 +283,10 @@ def test_each_of_its_settings_changes_how_it_starts_or_learns(kind: str, setting
         parameters = list(delta_of(bank).parameters())
         starts = [p.tolist() for p in parameters]
         small.randomise(bank, "a")
-        bank.use({"a": 1.0})
+        bank.route = Route(torch.ones(1), keys=torch.arange(4))
         y = run(bank, x)
-        found = [starts, y.tolist(), *(grad.tolist() for grad in torch.autograd.grad(y.square().sum(), parameters))]
+        learnt = [p for p in parameters if p.requires_grad]
+        found = [starts, y.tolist(), *(grad.tolist() for grad in torch.autograd.grad(y.square().sum(), learnt))]
         bank.eject()
         return found
 
@@ -404,7 +418,154 @@ def test_factors_start_as_is_set(rank: int, inputs: int) -> None:
     assert (gram - gram.diag().diag()).abs().max() > 1e-2, "the control: others are not orthogonal"
 
 
+@pytest.mark.parametrize("name", ["linear", "linear-plain", "conv1", "conv3"])
+def test_pissa_starts_at_the_principal_part_and_its_pack_is_a_lora_that_does_the_same(name: str) -> None:
+    layer, x = new_layer(name)
+    y, weight = layer(x), layer.get_parameter("weight")
+    bank = Bank({"unet": nn.ModuleDict({"layer": layer})})
+    bank.add("a", dict.fromkeys(["unet.layer"], (lora, lora.Config(rank=2, alpha=3.0, init="pissa"))), small.stream_of)
+    delta = delta_of(bank)
+    product = 3.0 / 2 * delta.get_parameter("up").flatten(1) @ delta.get_parameter("down").flatten(1)
+    u, values, v = torch.linalg.svd(weight.flatten(1))
+    torch.testing.assert_close(product, u[:, :2] * values[:2] @ v[:2])
+    for keys in (None, torch.arange(4)):
+        bank.route = Route(torch.ones(1), keys=keys)
+        assert torch.equal(run(bank, x), y), "bit for bit"
+    small.randomise(bank, "a")
+    bank.use({"a": 1.0})
+    adapted = run(bank, x)
+    assert not torch.allclose(adapted, y, atol=1e-2)
+    leaves = {leaf: tensor.detach() for leaf, tensor in delta.tensors().items()}
+    assert len(leaves["lora_down.weight"]) == leaves["lora_up.weight"].shape[1] == 4
+    merged = delta.merged(layer)
+    assert merged is not None
+    torch.testing.assert_close(read_lora(leaves, weight), merged, rtol=1e-4, atol=1e-5)
+    again = Bank({"unet": nn.ModuleDict({"layer": copy.deepcopy(layer)})})
+    again.add("a", dict.fromkeys(["unet.layer"], (lora, lora.Config.blank())), small.stream_of)
+    delta_of(again).load(leaves)
+    again.use({"a": 1.0})
+    torch.testing.assert_close(run(again, x), adapted, rtol=1e-4, atol=1e-5)
+    bank.merge("a")
+    torch.testing.assert_close(run(bank, x), adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_pissa_learnt_survives_half_precision() -> None:
+    """A small step beside a large principal part: a thousandth of it would be lost in the halves of the factors as they are."""
+    layer, _ = new_layer("linear-broad")
+    with torch.no_grad():
+        layer.get_parameter("weight").mul_(1000)
+    delta = lora.Adapter(layer, lora.Config(rank=4, alpha=4.0, init="pissa"), small.stream_of("x"))
+    with torch.no_grad():
+        delta.up.add_(1e-3 * small.numbers(tuple(delta.up.shape)))
+    merged, halves = delta.merged(layer), {leaf: tensor.half().float() for leaf, tensor in delta.tensors().items()}
+    assert merged is not None
+    read = read_lora(halves, layer.get_parameter("weight"))
+    assert (read - merged).norm() < 2e-3 * merged.norm()
+    assert delta.first is not None
+    naive = delta.up.half().float() @ delta.down.half().float() - delta.first[1].half().float() @ delta.first[0].half().float()
+    assert (naive - merged).norm() > 0.1 * merged.norm(), "the control"
+
+
+def test_lora_fa_leaves_down_to_no_optimizer() -> None:
+    layer, x = new_layer("linear")
+    bank = Bank({"unet": nn.ModuleDict({"layer": layer})})
+    bank.add("a", dict.fromkeys(["unet.layer"], (lora, lora.Config(rank=2, alpha=2.0, lora_fa=True))), small.stream_of)
+    params = bank.parameters("a")
+    assert list(params) == ["unet.layer.down", "unet.layer.up"], "both are in the checkpoint"
+    ((one,),) = (group["params"] for group in groups([(params, 1.0)]))
+    assert one is params["unet.layer.up"]
+    bank.use({"a": 1.0})
+    run(bank, x).sum().backward()
+    assert params["unet.layer.down"].grad is None
+    assert one.grad is not None
+
+
+@pytest.mark.parametrize("setting", ["dropout", "rank_dropout", "module_dropout"])
+@pytest.mark.parametrize("name", ["linear", "conv3"])
+def test_dropout_is_a_function_of_layer_and_sample_that_keeps_the_mean(name: str, setting: str) -> None:
+    layer, x = new_layer(name, torch.float64)
+    bank = Bank({"unet": nn.ModuleDict({"layer": layer, "other": copy.deepcopy(layer)})})
+    config = lora.Config(rank=3, alpha=3.0, **{setting: 0.4})
+    bank.add("a", dict.fromkeys(["unet.layer", "unet.other"], (lora, config)), small.stream_of)
+    small.randomise(bank, "a")
+    for _, _, delta in bank.deltas("a"):
+        delta.double()
+    one, keys = torch.ones(1, dtype=torch.float64), torch.tensor([7, 8, 9, 10])
+    bank.use({"a": 1.0})
+    whole = run(bank, x)
+    bank.route = Route(one, keys=keys)
+    dropped = run(bank, x)
+    assert not torch.allclose(dropped, whole)
+    order = torch.tensor([2, 0, 3, 1])
+    for rows in (order, order[:1], order[1:]):
+        bank.route = Route(one, keys=keys[rows])
+        torch.testing.assert_close(run(bank, x[rows]), dropped[rows], rtol=1e-12, atol=1e-12)
+    bank.route = Route(one, torch.tensor([0, 1, 0, 1]), keys=keys)
+    torch.testing.assert_close(run(bank, x)[[0, 2]], dropped[[0, 2]], rtol=1e-12, atol=1e-12)
+    assert torch.equal(run(bank, x)[[1, 3]], layer(x)[[1, 3]])
+    bank.route = Route(one, keys=torch.arange(3000))
+    many = x[:1].expand(3000, *x.shape[1:])
+    mean, apart = run(bank, many).mean(0), (whole[0] - layer(x)[0]).abs().max()
+    assert (mean - whole[0]).abs().max() < 0.15 * apart
+    masks = [delta._kept(torch.arange(400), 2, 1, 0.4) for _, _, delta in bank.deltas("a") if isinstance(delta, lora.Adapter)]
+    assert not torch.equal(*masks), "layers differ"
+
+
 # ---------------------------------------------------------------- the others
+
+
+def test_houlsbys_and_prefix_are_the_papers_formulas() -> None:
+    layer, x = new_layer("attention", torch.float64)
+    assert isinstance(layer, Attention)
+    bank = banked(layer, ["houlsby"], dtype=torch.float64)
+    bank.use({"a": 1.0})
+    p, y = dict(delta_of(bank).named_parameters()), layer(x)
+    hidden = y @ p["down"].T + p["down_bias"]
+    torch.testing.assert_close(run(bank, x), y + nn.functional.gelu(hidden) @ p["up"].T + p["up_bias"])
+    bank = banked(layer, ["prefix"], dtype=torch.float64)
+    bank.use({"a": 1.0})
+    p, out = dict(delta_of(bank).named_parameters()), []
+    for head in range(2):
+        part = slice(4 * head, 4 * head + 4)
+        weights = torch.softmax(layer.to_q(x)[..., part] @ p["keys"][:, part].T / 2, -1)
+        out.append(weights @ p["values"][:, part])
+    torch.testing.assert_close(run(bank, x), y + p["gate"] * layer.to_out[0](torch.cat(out, -1)))
+
+
+def test_a_subspace_is_one_vector_for_all_layers_through_a_projection_that_keeps_lengths() -> None:
+    holder = nn.ModuleDict({name: nn.Linear(40, 30) for name in "ab"}).requires_grad_(False)
+    bank = Bank({"unet": holder})
+    pieces = dict.fromkeys(["unet.a", "unet.b"], (subspace, subspace.Config(dimension=50)))
+    bank.add("a", pieces, small.stream_of)
+    assert [(name, p.shape) for name, p in bank.parameters("a").items()] == [("unet.a.vector", (50,))]
+    assert bank.parameters("a", "text_encoder") == {}
+    ((_, _, one), (_, _, two)) = bank.deltas("a")
+    assert one.get_parameter("vector") is two.get_parameter("vector")
+    vector = one.get_parameter("vector")
+    columns = []
+    for unit in torch.eye(50):
+        with torch.no_grad():
+            vector.copy_(unit)
+        columns.append(one.difference(holder["a"]).detach().flatten())
+    columns = torch.stack(columns, 1)
+    norms = columns.norm(dim=0)
+    assert norms.mean() == pytest.approx(1, abs=0.05)
+    gram = columns.T @ columns
+    assert (gram - gram.diag().diag()).abs().max() < 0.3, "and angles, nearly"
+    with torch.no_grad():
+        vector.copy_(small.numbers((50,)))
+    torch.testing.assert_close(one.difference(holder["a"]), (columns @ vector.detach()).view(30, 40))
+    assert not torch.allclose(one.difference(holder["a"]), two.difference(holder["b"]))
+    bank.use({"a": 1.0})
+    (holder["a"](torch.ones(1, 40)).sum() + holder["b"](torch.ones(1, 40)).sum()).backward()
+    assert vector.grad is not None
+
+
+@pytest.mark.parametrize("side", [1, 2, 8])
+def test_hadamards_matrix(side: int) -> None:
+    matrix = subspace.hadamard(torch.eye(side))
+    torch.testing.assert_close(matrix @ matrix.T, side * torch.eye(side))
+    assert set(matrix.flatten().tolist()) <= {1.0, -1.0}
 
 
 @pytest.mark.parametrize("axis", ["in", "out"])
@@ -559,8 +720,9 @@ def test_each_sample_of_a_routed_batch_goes_through_its_own_adapter_alone(kind: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_share_a_layer_and_a_batch(kind: str) -> None:
     """An adapter of this kind between two of its neighbours, on every sample or each on its own."""
-    layer, x = new_layer("linear", torch.float64)
-    other = KINDS[KINDS.index(kind) - 1]
+    _, layer, x = kind_and_layer(kind, "linear", torch.float64)
+    alike = [one for one in KINDS if (one in BLOCKS) == (kind in BLOCKS)]
+    other = alike[alike.index(kind) - 1]
     kinds, ranks = [other, kind, other], (2, 3, 1)
     parts = [alone(layer, kinds, ranks, slot, x) for slot in range(3)]
     bank = banked(layer, kinds, ranks, torch.float64)
@@ -629,7 +791,7 @@ def test_ejecting_restores_the_same_modules_and_bits(loaded: Family, kind: str) 
     before = {part: {k: v.clone() for k, v in module.state_dict().items()} for part, module in loaded.components.items()}
     y = predict(loaded)
     bank = Bank(loaded.components)
-    adapt(bank, loaded, "a", kind, ["attention", "text-encoder"])
+    adapt(bank, loaded, "a", kind, PRESET[kind])
     assert torch.equal(predict(loaded), y), "no route is the base, bit for bit"
     bank.use({"a": 1.0})
     assert not torch.allclose(predict(loaded), y, atol=1e-4)
@@ -649,7 +811,7 @@ def test_removing_one_adapter_leaves_the_other_as_it_was(loaded: Family, kind: s
     bank = Bank(loaded.components)
     module = lookup.find("adapters", kind)
     fitting = {dotted: layer for dotted, layer in loaded.layers().items() if module.fits(layer)}
-    for seed, (name, preset) in enumerate((("a", "attention"), ("b", "all-linear"))):
+    for seed, (name, preset) in enumerate((("a", PRESET[kind][0]), ("b", "unet.*.attn[12]" if kind in BLOCKS else "all-linear"))):
         bank.add(name, dict.fromkeys(choose_sites(fitting, [preset], loaded.presets), (module, small.some_config(module))), small.stream_of)
         small.randomise(bank, name, seed)
     bank.use({"b": 1.0})
@@ -673,13 +835,33 @@ def test_the_layers_of_a_base_are_the_same_with_an_adapter_on_it(loaded: Family)
     assert fitting() == names
 
 
+def test_an_adapter_on_a_block_and_one_inside_it_leave_in_any_order(loaded: Family) -> None:
+    y, modules = predict(loaded), small.modules(loaded)
+    for first, second in (("houlsby", "lora"), ("lora", "houlsby")):
+        bank = Bank(loaded.components)
+        targets = {"houlsby": ["blocks"], "lora": ["attention"]}
+        alone = []
+        for kind in (first, second):
+            adapt(bank, loaded, kind, kind, targets[kind])
+            bank.use({kind: 1.0})
+            alone.append(predict(loaded))
+        bank.use({"lora": 1.0, "houlsby": 1.0})
+        assert all(not torch.allclose(predict(loaded), one, atol=1e-4) for one in alone)
+        bank.remove(first)
+        bank.use({second: 1.0})
+        torch.testing.assert_close(predict(loaded), alone[1], rtol=1e-6, atol=1e-6)
+        bank.eject()
+        assert small.modules(loaded) == modules
+        assert torch.equal(predict(loaded), y)
+
+
 PARTS = {"cross-attention": ".attn2.", "attention": ".attn", "all-linear": "unet.", "text-encoder": "text_encoder.text_model."}
 
 
 @pytest.mark.parametrize("preset", PARTS)
 def test_every_preset_finds_its_layers_and_no_others(loaded: Family, preset: str) -> None:
     fitting = {name: layer for name, layer in loaded.layers().items() if lora.fits(layer)}
-    assert set(loaded.presets) == set(PARTS)
+    assert set(loaded.presets) == {*PARTS, "blocks", "cross-attention-blocks"}
     chosen = choose_sites(fitting, [preset], loaded.presets)
     blocks = 2 if preset == "text-encoder" else 4  # one attention in a down block, one in the middle, two in an up block
     each = {"cross-attention": 4, "attention": 8, "all-linear": 12, "text-encoder": 6}

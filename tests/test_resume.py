@@ -50,7 +50,8 @@ def told(events: list[Event], kind: str) -> list[str]:
 
 
 SETTINGS = {"plain": {}, "constant": {"train__schedule": "constant", "train__accumulation": 2}, "cosine": {"train__accumulation": 2},
-            "adafactor": {"optimizer__kind": "adafactor"}}  # fmt: skip
+            "adafactor": {"optimizer__kind": "adafactor"},
+            "options": {"adapter__init": "pissa", "adapter__lora_fa": True, "adapter__rank_dropout": 0.5}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def whole(squares: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -
     return {name: folder / name for name in SETTINGS}
 
 
-STOPS = {"plain": [(3,)], "constant": [(1,), (1, 1, 4)], "cosine": [(2,), (6,), (3, 5)], "adafactor": [(3,)]}
+STOPS = {"plain": [(3,)], "constant": [(1,), (1, 1, 4)], "cosine": [(2,), (6,), (3, 5)], "adafactor": [(3,)], "options": [(3,)]}
 
 
 @pytest.mark.parametrize(("name", "stops"), [(name, stops) for name, found in STOPS.items() for stops in found], ids=str)
@@ -80,7 +81,8 @@ def test_stopped_anywhere_it_ends_the_same(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", lookup.names("adapters"))
 def test_every_kind_goes_on_where_it_was(kind: str, squares: Path, base: Path, tmp_path: Path) -> None:
-    rest = {"adapter": {"kind": kind, "targets": ["cross-attention", "unet.conv_in"]}}
+    merges = lookup.find("adapters", kind).Adapter.merges
+    rest = {"adapter": {"kind": kind, "targets": ["cross-attention", "unet.conv_in"] if merges else None}}
     run = small.settled(squares, base, **rest)
     go(run, tmp_path / "whole")
     go(run, tmp_path / "run", 3)

@@ -98,6 +98,7 @@ def two(base: Path, tmp_path: Path) -> list[Run]:
     )
     rest: dict[str, Any] = {"train__steps": 50, "adapter__rank": 3, "adapter__alpha": 1.0, "data__caption_dropout": 0.4, "train__lr": 3e-3}
     rest |= {"data__prior_share": 0.4, "data__prior_prompts": ["a dog"]}
+    rest |= {"adapter__dropout": 0.1, "adapter__rank_dropout": 0.2, "adapter__module_dropout": 0.1}
     second = small.settled(other, base, name="tavi", seed=7, adapter__targets=["all-linear", "unet.conv_in", "text-encoder"], **rest)
     return [first, second]
 
@@ -129,7 +130,8 @@ def test_a_learner_whose_numbers_break_does_not_touch_the_other(two: list[Run], 
 
 @pytest.mark.usefixtures("doubles")
 def test_micro_batches_accumulate_to_one_large_batch(pictures: Path, base: Path, tmp_path: Path) -> None:
-    run = small.settled(pictures, base, train__steps=5, adapter__targets=["cross-attention", "text-encoder"])
+    dropped = {"adapter__dropout": 0.1, "adapter__rank_dropout": 0.2, "adapter__module_dropout": 0.1}
+    run = small.settled(pictures, base, train__steps=5, adapter__targets=["cross-attention", "text-encoder"], **dropped)
     ended = {(size, times): cast([run], tmp_path, torch.float64).train(times, size)["mira"] for size, times in ((4, 1), (2, 2), (1, 4))}
     assert apart(ended[4, 1], ended[2, 2]) <= 1e-9
     assert apart(ended[4, 1], ended[1, 4]) <= 1e-9
@@ -433,6 +435,10 @@ BY_WEIGHTS: dict[str, Any] = {
     "adapter.rank_stabilised": True,
     "adapter.init": "gaussian",
     "adapter.targets": ["attention"],
+    "adapter.lora_fa": True,
+    "adapter.dropout": 0.5,
+    "adapter.rank_dropout": 0.5,
+    "adapter.module_dropout": 0.5,
     "objective.min_snr_gamma": 0.0,
     "text.clip_skip": 2,
     "train.steps": 4,

@@ -1,19 +1,36 @@
-"""LoRA (Hu et al. 2021, section 4.1): ΔW = (alpha / rank) · up @ down, with up zero at the start."""
+"""LoRA (Hu et al. 2021, section 4.1): ΔW = (alpha / rank) · up @ down, with up zero at the start; PiSSA, LoRA-FA and dropout on it."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from sdlora.adapter import Delta, Route, is_linear, wide
-from sdlora.lowrank import Factored, Factors
+from sdlora.lowrank import DOWN, UP, Factored, Factors, Init
+from sdlora.randomness import uniform
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Config(Factored):
     kind: Literal["lora"] = "lora"
     """Low-rank adaptation."""
+    init: Init | Literal["pissa"] = "kaiming"  # type: ignore[assignment]
+    """Start of the factor `down`, while `up` starts at zero: uniform as in LoRA's own code, normal with deviation 1 / rank, or rows at
+    right angles to one another. pissa (Meng et al. 2024, section 3): both start as the weight's principal part, and ΔW is what they have
+    come to less that; the pack is a LoRA of twice the rank."""
+    lora_fa: bool = False
+    """LoRA-FA (Zhang et al. 2023, section 3): `down` stays as it started, which saves its gradient and the optimizer's memory of it."""
+    dropout: Share = 0.0
+    """Share of a layer's inputs that the adapter does not see, in each sample of training others."""
+    rank_dropout: Share = 0.0
+    """Share of the rank that is left out, in each sample of training another."""
+    module_dropout: Share = 0.0
+    """Share of the layers whose adapter is left out, in each sample of training others."""
 
 
 def fits(layer: nn.Module) -> bool:
@@ -25,17 +42,76 @@ class Adapter(Factors):
     """Both factors are computed in the layer's dtype, one after the other; on a convolution `down` has the kernel (LoCon)."""
 
     network = "networks.lora"
+    first: tuple[Tensor, Tensor] | None = None
+    """PiSSA: down and up as they started, whose product is taken off."""
+
+    def __init__(self, layer: nn.Module, config: Config, rng: np.random.Generator) -> None:
+        pissa = config.init == "pissa"
+        super().__init__(layer, config.model_copy(update={"init": "kaiming"}) if pissa else config, rng)
+        self.dropouts = (config.dropout, config.rank_dropout, config.module_dropout)
+        self.salt = int(rng.integers(2**62))
+        if pissa:
+            self.down.data, self.up.data = principal(layer.get_parameter("weight"), self.rank, self.scale)
+            self.first = (self.down.detach().clone(), self.up.detach().clone())
+        self.down.requires_grad_(not config.lora_fa)
 
     def change(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        changed = self._product(layer, x, self.down, self.up)
+        return changed if self.first is None else changed - self._product(layer, x, *self.first)
+
+    def dropped(self, layer: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+        if not any(self.dropouts):
+            return self.change(layer, x, y)
+        inputs, ranks, modules = self.dropouts
+        x = x * self._kept(keys, 0, x[0].numel(), inputs).view_as(x).to(x.dtype)
+        kept = (self._kept(keys, 1, self.rank, ranks) * self._kept(keys, 2, 1, modules)).to(x.dtype)
+        changed = self._product(layer, x, self.down, self.up, kept)
+        return changed if self.first is None else changed - self._product(layer, x, *self.first, kept)
+
+    def _kept(self, keys: Tensor, which: int, count: int, share: float) -> Tensor:
+        """(B, count) of 0, where something is left out, and of what keeps the mean where it was; (B, 1) of 1 where all is kept."""
+        if not share:
+            return torch.ones(len(keys), count, device=keys.device)
+        return (uniform(keys, self.salt + which, count) >= share) / (1 - share)
+
+    def _product(self, layer: nn.Module, x: Tensor, down: Tensor, up: Tensor, kept: Tensor | None = None) -> Tensor:
+        down, up = down.to(x.dtype), up.to(x.dtype) * self.scale
         if isinstance(layer, nn.Conv2d):
-            return F.conv2d(F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation), up * self.scale)
-        return F.linear(F.linear(x, down), up * self.scale)
+            hidden = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
+            return F.conv2d(hidden if kept is None else hidden * kept[..., None, None], up)
+        hidden = F.linear(x, down)
+        return F.linear(hidden if kept is None else hidden * kept.view(len(x), *[1] * (x.ndim - 2), -1), up)
+
+    def difference(self, layer: nn.Module) -> Tensor:
+        if self.first is None:
+            return super().difference(layer)
+        down, up = (one.to(self.down.dtype) for one in self.first)
+        return super().difference(layer) - self.scale * (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """PiSSA's difference of two products is one of twice the rank, whose factors are made anew: in those at hand half precision would
+        lose what was learnt beside the principal part."""
+        if self.first is None:
+            return super().tensors()
+        down = torch.cat([self.down, self.first[0]]).detach()
+        up = torch.cat([self.up, -self.first[1]], 1).detach()
+        (left, core), (right, other) = torch.linalg.qr(up.flatten(1)), torch.linalg.qr(down.flatten(1).T)
+        u, values, v = torch.linalg.svd(core @ other.T, full_matrices=False)
+        missing = len(down) - len(values)
+        new_up = F.pad(left @ u * values.sqrt(), (0, missing)).view_as(up)
+        new_down = F.pad(values.sqrt()[:, None] * v @ right.T, (0, 0, 0, missing)).view_as(down)
+        return {DOWN: new_down, UP: new_up, "alpha": torch.tensor(2.0 * self.alpha)}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load(tensors)
+        self.first = None
 
     @classmethod
     def mixed(cls, deltas: Sequence[tuple[int, Delta]], layer: nn.Module, x: Tensor, y: Tensor, out: Tensor, route: Route) -> Tensor:
         """Linear layers: one product with all factors stacked, or one batched product with each sample's own factors."""
-        if not isinstance(layer, nn.Linear):
+        loras = [delta for _, delta in deltas if isinstance(delta, Adapter)]
+        single = any(one.first is not None or (route.keys is not None and any(one.dropouts)) for one in loras)
+        if single or not isinstance(layer, nn.Linear):
             return super().mixed(deltas, layer, x, y, out, route)
         if route.index is None:
             return _stacked(deltas, x, out, route.strength)
@@ -73,3 +149,13 @@ def _routed(deltas: Sequence[tuple[int, Delta]], x: Tensor, out: Tensor, index: 
     flat = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
     hidden = torch.bmm(flat, down[chosen].transpose(1, 2))
     return out + strength * torch.bmm(hidden, up[chosen].transpose(1, 2)).view_as(out)
+
+
+def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """down and up whose product times the scale is the weight's best approximation of that rank, float32, both of like size."""
+    u, values, v = torch.linalg.svd(weight.detach().float().flatten(1), full_matrices=False)
+    missing = max(0, rank - len(values))
+    share = F.pad((values / scale).sqrt(), (0, missing))[:rank]
+    down = share[:, None] * F.pad(v, (0, 0, 0, missing))[:rank]
+    up = F.pad(u, (0, missing))[:, :rank] * share
+    return down.view(rank, *weight.shape[1:]).contiguous(), up.view(len(weight), rank, *[1] * (weight.ndim - 2)).contiguous()

@@ -48,6 +48,7 @@ class Batch:
     frame: Tensor  # (B, 6)
     slot: Tensor  # (B,) which learner each sample belongs to
     prior: Tensor  # (B,) true where the base's own prediction is the target
+    key: Tensor  # (B,) int64 that all random numbers inside the adapter are made of
     weight: Tensor  # (B, 1, h, w) factors on the squared error
 
 
@@ -126,6 +127,7 @@ def _draw(learner: Prepared, slot: int, number: int) -> Batch:
         text=text,
         frame=learner.frames[picture][variant],
         slot=torch.tensor(slot),
+        key=torch.tensor(stream(seed, "dropout", number).integers(2**63)),
         weight=weight.expand(1, *shape[1:]),
         prior=torch.tensor(prior),
     )
