@@ -5,13 +5,14 @@ for event in api.train(api.settle({"data": {"folder": "my-pictures"}, "name": "m
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from sdlora import cast, config, estimate, family, learners, lookup, pictures, priors, record, safeio, settings
+from sdlora import cast, config, estimate, family, learners, lock, lookup, pictures, priors, record, safeio, settings
 from sdlora.config import Run
 from sdlora.data import captioning, edits, ledger, page, store
 from sdlora.data.captioning import Captioning
@@ -38,11 +39,13 @@ __all__ = [
     "Studio",
     "UserError",
     "caption_folder",
+    "cast_tables",
     "check",
     "edit_captions",
     "events",
     "grid",
     "inspect_base",
+    "is_cast",
     "open_pack",
     "open_studio",
     "override",
@@ -55,7 +58,9 @@ __all__ = [
     "save_text",
     "settings_text",
     "settle",
+    "settle_cast",
     "train",
+    "train_cast",
 ]
 
 
@@ -86,6 +91,39 @@ def train(run: Run, out: Path, stop: Stop | None = None) -> Iterator[Event]:
     A run is stopped by setting `stop.stop`, or by a file called `stop` in its folder: it saves, and `stopped` is its last event.
     """
     return cast.run(run, family.find(run.base), out, stop)
+
+
+def settle_cast(tables: Sequence[dict[str, Any]], source: object = "", assignments: Sequence[str] = ()) -> list[Run]:
+    """The runs of a cast, from `cast_tables`, with `a.b=c` laid over each of them."""
+    found = []
+    for table in tables:
+        for assignment in assignments:
+            override(table, assignment)
+        found.append(settle(table, f"{source} [[cast]] {table.get('name', '')}".strip()))
+    return found
+
+
+def cast_tables(place: Path) -> list[dict[str, Any]]:
+    """The settings of a cast's members, one table each: from a TOML file with `[[cast]]`, or from a cast's folder."""
+    return cast.kept(place) if place.is_dir() else cast.tables(settings.read(place), place)
+
+
+def is_cast(place: Path) -> bool:
+    """Whether this is a TOML file of a cast, or a folder in which one was trained."""
+    return (place / cast.FILE).is_file() if place.is_dir() else place.is_file() and "cast" in settings.read(place)
+
+
+def train_cast(runs: Sequence[Run], out: Path, stop: Stop | None = None) -> Iterator[Event]:
+    """Train settled runs side by side over one base, or go on with them: each in the folder `out/NAME`, as if alone, so that it can be gone
+    on with alone. Each event says its `member`; when all are through, the first error of any is raised.
+
+    Stopped as by `train`: all of them by `stop` or a file in `out`, one by a file in its own folder.
+    """
+    cast.check(runs, out)
+    with lock.held(out):
+        cast.keep(runs, out)
+        for name, event in cast.train([(run, out / run.name) for run in runs], family.find(runs[0].base), stop, out):
+            yield replace(event, member=name)
 
 
 def runs(root: Path) -> list[Record]:

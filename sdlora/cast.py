@@ -2,22 +2,24 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import tomli_w
 import torch
 from accelerate import Accelerator
 
-from sdlora import devices, estimate, family, job, lock, state
+from sdlora import devices, estimate, family, job, lock, safeio, settings, state
 from sdlora.adapter import Bank
-from sdlora.config import Run
+from sdlora.config import Run, flat
 from sdlora.data import ledger, store
 from sdlora.errors import UserError
 from sdlora.events import Event, Log
 from sdlora.family import Base, Family
 from sdlora.job import Member
 from sdlora.learners import Job, check_objective, check_optimizer, doubts, given, pieces
-from sdlora.stop import Stop
+from sdlora.stop import FILES, Stop
 from sdlora.studio import Studio
 from sdlora.trackers import Trackers
 from sdlora.train import Setup, steps
@@ -26,6 +28,7 @@ Runs = Sequence[tuple[Run, Path]]
 """Settings, and the folder of each."""
 Told = Iterator[tuple[str, Event]]
 """(a member's name, what becomes of it)."""
+FILE = "cast.toml"
 
 
 def run(settled: Run, base: Base, out: Path, stop: Stop | None = None) -> Iterator[Event]:
@@ -161,3 +164,64 @@ def follow(member: Member, events: Iterable[Event]) -> Told:
 
 def going(members: Sequence[Member]) -> list[Member]:
     return [member for member in members if not member.error]
+
+
+# ---------------------------------------------------------------- a cast as settings, and its folder
+
+
+def tables(table: Mapping[str, Any], source: object) -> list[dict[str, Any]]:
+    """The settings of each member: what the file says for all, and over it what a table `[[cast]]` says for the one."""
+    own, common = table.get("cast"), {key: value for key, value in table.items() if key != "cast"}
+    if not isinstance(own, list) or not own or not all(isinstance(one, dict) for one in own):
+        raise UserError("E-CAST-01", "a cast has no members", source, 'write a table [[cast]] for each, with name = "..."')
+    return [laid_over(common, one) for one in own]
+
+
+def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees of tables as one; where both have a value it is the upper one's."""
+    found = dict(below)
+    for key, value in above.items():
+        lower = found.get(key)
+        found[key] = laid_over(lower, value) if isinstance(lower, Mapping) and isinstance(value, Mapping) else value
+    return found
+
+
+def check(runs: Sequence[Run], out: Path) -> None:
+    """Whether these runs can be one cast in this folder. Raises `UserError` before anything is read or written."""
+    if out.exists() and not out.is_dir():
+        raise UserError("E-RUN-01", "this is a file; a cast needs a folder of its own", out, "name a folder with --out")
+    if (out / "config.toml").exists():
+        raise UserError("E-CAST-02", "a run by itself lies in this folder, and a cast needs one of its own", out, "name another with --out")
+    for i, one in enumerate(runs):
+        if one.name.casefold() in [FILE, lock.NAME, *FILES, *(other.name.casefold() for other in runs[:i])]:
+            what = f'two members are called "{one.name}", or a file of the cast is, and each needs a folder of that name'
+            raise UserError("E-CAST-03", what, "cast.name", "give each member a name of its own")
+        if not one.data.sources:
+            raise UserError("E-DATA-01", f"no folder of pictures is named for {one.name}", "cast.data.folder", f"name one for {one.name}")
+        for key, value in {"base": one.base, "train.precision": one.train.precision}.items():
+            first = dict(flat(runs[0]))[key]
+            if value != first:
+                what = f"{runs[0].name} has {key} = {first!r} and {one.name} {value!r}; a cast has one base, in one precision"
+                raise UserError("E-CAST-04", what, f"cast.{key}", "say it once for all, or make two casts")
+    places = {one.name: (out / one.name).resolve() for one in runs}
+    for one in runs:
+        for source in one.data.sources:
+            pictures = Path(source.folder).resolve()
+            inner = [name for name, place in places.items() if place.is_relative_to(pictures) or pictures.is_relative_to(place)]
+            if inner or pictures == out.resolve():
+                what = f"the pictures of {one.name} lie where the run of {inner[0] if inner else 'all'} would: {source.folder}"
+                raise UserError("E-CAST-05", what, out, "name another folder with --out")
+
+
+def keep(runs: Sequence[Run], out: Path) -> None:
+    """Write `cast.toml`, which names the members and holds what each began with."""
+    safeio.write(out / FILE, tomli_w.dumps({"cast": [run.model_dump(exclude_none=True) for run in runs]}))
+
+
+def kept(out: Path) -> list[dict[str, Any]]:
+    """The settings of each member of a cast's folder, as its own folder has them if it was begun."""
+    found = []
+    for table in tables(settings.read(out / FILE), out / FILE):
+        own = out / str(table.get("name")) / "config.toml"
+        found.append(settings.read(own) if own.is_file() else table)
+    return found

@@ -74,8 +74,9 @@ def show(event: "Event", progress: Progress, bar: TaskID) -> str:
         before = task.fields.get("smooth", event.loss)
         smooth = 0.95 * before + 0.05 * event.loss
         progress.update(task.id, completed=event.step, visible=True, figures=f"loss {smooth:.4f}  {speed}", smooth=smooth)
-    elif event.kind in ("note", "warning", "validation", "paused"):
-        before = f"{event.kind}: " if event.kind in ("warning", "paused") else ""
+    elif event.kind in ("note", "warning", "validation", "paused", *(["failed"] if event.member else [])):
+        before = f"{event.member}: " if event.member else ""
+        before += f"{event.kind}: " if event.kind in ("warning", "paused") else ""
         progress.console.print(before + event.text, highlight=False, markup=False, soft_wrap=True)
         if event.step:
             progress.update(bar, completed=event.step)

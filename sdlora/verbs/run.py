@@ -104,4 +104,4 @@ def checked(run: Path) -> None:
 
 def told(event: dict[str, Any]) -> Any:
     """A line of the log in the form that the terminal shows."""
-    return SimpleNamespace(**event)
+    return SimpleNamespace(**{"member": "", **event})
