@@ -15,7 +15,7 @@ LAYERS = [
     "adapter", "lowrank", "source", "ldm", "family", "latent_diffusion", "objective", "optimizer", "captioner",
     "families", "adapters", "objectives", "optimizers", "captioners",
     "devices", "data", "generate", "schedule", "packs", "pictures", "score",
-    "record", "charts", "report", "trackers",
+    "record", "charts", "plots", "report", "trackers",
     "train", "state", "validation", "diagnose", "studio", "preview", "priors", "estimate",
     "course", "learners", "job", "cast", "api", "terminal", "verbs", "cli",
 ]  # fmt: skip
