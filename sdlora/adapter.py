@@ -207,6 +207,7 @@ class Bank:
     adapters: list[str] = field(default_factory=list)  # the slot of an adapter is its place in this list
     sites: dict[str, Site] = field(default_factory=dict)
     route: Route | None = None
+    before: dict[str, Tensor] = field(default_factory=dict)  # the base's weights that something was merged into, as they were
 
     def add(self, name: str, pieces: Mapping[str, Piece], rng: Any) -> None:
         """Put a new adapter on, a piece on each of the named layers; `rng(layer name)` gives the random stream of each."""
@@ -265,15 +266,25 @@ class Bank:
         return {f"{dotted}.{leaf}" for dotted, _, delta in self.deltas(name) for leaf in delta.fast}
 
     def merge(self, name: str, strength: float = 1.0) -> None:
-        """Add ΔW into the base's weights, so that inference costs nothing; the adapter is taken off."""
+        """Add ΔW into the base's weights, so that inference costs nothing; the adapter is taken off. `unmerge` undoes it."""
         with torch.no_grad():
             for dotted, layer, delta in self.deltas(name):
                 change = delta.merged(layer)
                 if change is None:
+                    self.unmerge()
                     raise UserError("E-ADAPT-03", "this kind of adapter cannot be merged into the base", dotted)
                 weight: Tensor = layer.weight  # type: ignore[assignment]
+                self.before.setdefault(dotted, weight.clone())
                 weight.copy_(weight.float() + strength * change)
         self.remove(name)
+
+    def unmerge(self) -> None:
+        """Give the base its own weights back, bit for bit, whatever was merged into them."""
+        layers = frozen_layers(self.components)
+        with torch.no_grad():
+            for dotted, weight in self.before.items():
+                layers[dotted].get_parameter("weight").copy_(weight)
+        self.before.clear()
 
     def _adapt(self, dotted: str) -> Site:
         layer = self._parent(dotted).get_submodule(dotted.rpartition(".")[2])

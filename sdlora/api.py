@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from sdlora import cast, config, estimate, family, learners, lock, lookup, pictures, priors, record, safeio, settings
+from sdlora import sweep as sweeping
 from sdlora.config import Run
 from sdlora.data import captioning, edits, ledger, page, store
 from sdlora.data.captioning import Captioning
@@ -59,6 +60,8 @@ __all__ = [
     "settings_text",
     "settle",
     "settle_cast",
+    "sweep",
+    "sweep_results",
     "train",
     "train_cast",
 ]
@@ -124,6 +127,18 @@ def train_cast(runs: Sequence[Run], out: Path, stop: Stop | None = None) -> Iter
         cast.keep(runs, out)
         for name, event in cast.train([(run, out / run.name) for run in runs], family.find(runs[0].base), stop, out):
             yield replace(event, member=name)
+
+
+def sweep(table: dict[str, Any], over: Sequence[str], source: object = "") -> list[Run]:
+    """The runs of a cast that differ in the settings of `over` alone, each `a.b=x,y`: one for each choice of values."""
+    return settle_cast(sweeping.members(settle(table, source), over, table), source)
+
+
+def sweep_results(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
+    """The figures of a sweep that `train_cast` trained into `out`, which gets its `curves.png` and `grid.png`."""
+    save_sheet(out / "curves.png", lambda: sweeping.curves(runs, out))
+    save_sheet(out / "grid.png", lambda: sweeping.grid(runs, out))
+    return sweeping.results(runs, out)
 
 
 def runs(root: Path) -> list[Record]:

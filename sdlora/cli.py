@@ -222,26 +222,8 @@ def follow(settled: "Run", out: Path) -> None:
 
 
 def follow_cast(runs: "list[Run]", out: Path) -> None:
-    """Train a cast, a line of progress for each member, then say where the packs lie."""
-    from sdlora import api
-
-    again, packs, stop = shlex.join(["sdlora", "resume", str(out)]), dict[str, str](), api.Stop()
-    try:
-        with stop.on_signals(), progress(console()) as shown:
-            bars = {run.name: shown.add_task(run.name, total=run.train.steps, figures="") for run in runs}
-            for event in api.train_cast(runs, out, stop):
-                if event.kind != "note" or event.step or event.data:  # of each member's beginning its folder tells more
-                    pack = show(event, shown, bars[event.member])
-                    packs |= {event.member: pack} if pack else {}
-    except KeyboardInterrupt as interrupted:
-        say(f"stopped at once. Go on from the last checkpoints with: {again}")
-        raise typer.Exit(getattr(interrupted, "exit_code", 130)) from None
-    finally:
-        for pack in packs.values():
-            say(f"pack: {pack}")
-    if len(packs) < len(runs):
-        say(f"stopped, and saved. Go on with: {again}, or with one of them: {again}/NAME")
-        raise typer.Exit(128 + (stop.signum or signal.SIGINT))
+    """Train a cast, then say what to type next."""
+    run.casting(runs, out)
     say(f"next: {shlex.join(['sdlora', 'ui', '--data-root', str(out)])}    (all of them on one base)")
     if runs[0].base == "tiny":
         say(TINY)

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import small
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from test_resume import differences, pack
 from typer.testing import CliRunner
 
-from sdlora import api, cli, job, state
+from sdlora import api, cli, job, settings, state
 from sdlora.api import Event
 from sdlora.config import Run
 from sdlora.errors import UserError
+from sdlora.families import sd1
 from sdlora.stop import Stop
 
 APART = 1e-3
@@ -141,8 +143,6 @@ def test_who_breaks_leaves_the_others_as_they_are(members: list[Run], whole: Pat
 def test_memory_that_does_not_suffice_costs_rounding_alone(
     members: list[Run], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sdlora.families import sd1
-
     really, largest = sd1.SD1.predict, []
 
     def predict(self: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -221,3 +221,31 @@ def test_the_command_line_trains_the_config_that_is_there(tmp_path: Path, monkey
     assert again.exit_code == 0, again.output
     assert [one.step for one in api.runs(tmp_path / "cast")] == [3, 3]
     assert CliRunner().invoke(cli.app, ["train", "datasets/tavi", "--config", "configs/cast.toml"]).exit_code == 2
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+def test_a_sweep_is_a_cast_of_all_choices_laid_side_by_side(squares: Path, base: Path, tmp_path: Path) -> None:
+    text = f'name = "mira"\nbase = "{base}"\ndata.folder = "{squares}"\ndata.resolution_px = 32\npreview.prompts = ["one", "two"]\n'
+    text += "preview.steps = 2\npreview.every = 0\npreview.scales = []\ntrain.steps = 3\ntrain.batch_size = 1\ntrain.log_every = 1\n"
+    (tmp_path / "sweep.toml").write_text(text)
+    words = ["find", "sweep", str(tmp_path / "sweep.toml"), "--over", "train.lr=1e-4,1e-2", "--over", "adapter.rank=1,2"]
+    done = CliRunner().invoke(cli.app, [*words, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    found = {one.name: one for one in api.runs(tmp_path / "out")}
+    assert sorted(found) == ["mira lr 1e-2 rank 1", "mira lr 1e-2 rank 2", "mira lr 1e-4 rank 1", "mira lr 1e-4 rank 2"]
+    tables = {name: settings.read(one.folder / "config.toml") for name, one in found.items()}
+    assert {(table["train"]["lr"], table["adapter"]["rank"]) for table in tables.values()} == {(1e-2, 1), (1e-2, 2), (1e-4, 1), (1e-4, 2)}
+    assert {table["trigger"] for table in tables.values()} == {"mira"}
+    assert all(name in done.output.replace("\n", " ") for name in ("mira lr 1e-2 rank 1", "loss held out"))
+    with Image.open(tmp_path / "out" / "grid.png") as sheet:
+        assert sheet.width > 4 * 144
+        assert sheet.height > 2 * 144
+    assert (tmp_path / "out" / "curves.png").is_file()
+
+
+@pytest.mark.parametrize(("code", "over"), [("E-SWEEP-01", "train.lr"), ("E-SWEEP-02", "train.lr=1"), ("E-CONF-01", "train.lrr=1,2")])
+def test_sweeps_that_make_no_sense_are_refused(code: str, over: str, squares: Path, base: Path) -> None:
+    with pytest.raises(UserError, match=code):
+        api.sweep({"name": "mira", "base": str(base), "data": {"folder": str(squares)}}, [over])
