@@ -93,6 +93,8 @@ def _together(members: Sequence[Member], loaded: Family, accelerator: Accelerato
     for member in members:
         yield from follow(member, job.prepare(member, loaded))
     setup = Setup(loaded, Bank(loaded.components), [])
+    if len(members) > 1:
+        yield from follow(members[0], room(members, setup))
     for member in going(members):
         yield from follow(member, job.start(member, setup, accelerator))
     level(going(members))
@@ -112,6 +114,20 @@ def _together(members: Sequence[Member], loaded: Family, accelerator: Accelerato
         studio = Studio.open(base)
         for member in going(ended):
             yield from follow(member, job.finish(member, studio))
+
+
+def room(members: Sequence[Member], setup: Setup) -> Iterator[Event]:
+    """Say what memory all of them take, and fill the forward passes with what fits. A resumed cast keeps what its checkpoints say."""
+    jobs = [member.job for member in members]
+    parts = [estimate.memory(one.settled, setup.family, one.pieces, list(one.dataset.buckets)) for one in jobs]
+    samples = sum(given(one.settled.train.batch_size) for one in jobs)
+    total, at_once = estimate.side_by_side(parts, samples, devices.free_bytes(setup.family.device))
+    if not any(state.steps(one.out) for one in jobs):
+        setup.at_once = at_once
+    passes = f"{setup.at_once or samples} of {samples} samples of a step go through the network at once"
+    yield Event(
+        "note", f"{len(jobs)} adapters over one base: about {total / 1e9:.2f} GB beside the libraries; {passes}", data={"bytes": total}
+    )
 
 
 def _steps(members: Sequence[Member], setup: Setup, stop: Stop, asked: Path | None) -> Told:
