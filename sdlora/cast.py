@@ -94,7 +94,8 @@ def _together(members: Sequence[Member], loaded: Family, accelerator: Accelerato
         yield from follow(member, job.prepare(member, loaded))
     setup = Setup(loaded, Bank(loaded.components), [])
     if len(members) > 1:
-        yield from follow(members[0], room(members, setup))
+        for event in room(members, setup):  # of all, and so in nobody's log
+            yield members[0].job.settled.name, event
     for member in going(members):
         yield from follow(member, job.start(member, setup, accelerator))
     level(going(members))
@@ -125,9 +126,8 @@ def room(members: Sequence[Member], setup: Setup) -> Iterator[Event]:
     if not any(state.steps(one.out) for one in jobs):
         setup.at_once = at_once
     passes = f"{setup.at_once or samples} of {samples} samples of a step go through the network at once"
-    yield Event(
-        "note", f"{len(jobs)} adapters over one base: about {total / 1e9:.2f} GB beside the libraries; {passes}", data={"bytes": total}
-    )
+    what = f"{len(jobs)} adapters over one base: about {total / 1e9:.2f} GB beside the libraries"
+    yield Event("note", f"{what}; {passes}", data={"bytes": total})
 
 
 def _steps(members: Sequence[Member], setup: Setup, stop: Stop, asked: Path | None) -> Told:

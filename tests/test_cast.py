@@ -240,8 +240,8 @@ def test_a_sweep_is_a_cast_of_all_choices_laid_side_by_side(squares: Path, base:
     assert {table["trigger"] for table in tables.values()} == {"mira"}
     assert all(name in done.output.replace("\n", " ") for name in ("mira lr 1e-2 rank 1", "loss held out"))
     with Image.open(tmp_path / "out" / "grid.png") as sheet:
-        assert sheet.width > 4 * 144
-        assert sheet.height > 2 * 144
+        assert sheet.width > 4 * 128
+        assert sheet.height > 2 * 128
     assert (tmp_path / "out" / "curves.png").is_file()
 
 
