@@ -4,9 +4,11 @@ A `Bank` holds any number of adapters over one base. Every adapted layer becomes
 sits on it, a `Delta`. Which adapter acts on which sample of a batch, and how strongly, is the bank's `Route`, set before a forward.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -146,29 +148,40 @@ class Route:
     """Which adapters act on which samples of a batch.
 
     `index` (B,) names the one slot of each sample and `strength` is (B,) or (1,); without `index` every slot acts on every sample and
-    `strength` is (K,) or (B, K). Slots in `idle` act on no sample and cost nothing. In training, and only there, `keys` (B,) int64 are what
-    the random numbers of each sample's dropout are made of.
+    `strength` is (K,) or (B, K). Where `active` names some slots, all others act on no sample and cost nothing. In training, and only
+    there, `keys` (B,) int64 are what the random numbers of each sample's dropout are made of.
     """
 
     strength: Tensor
     index: Tensor | None = None
-    idle: frozenset[int] = frozenset()
+    active: tuple[int, ...] | None = None
     keys: Tensor | None = None
 
     def rows(self, slot: int, batch: int) -> tuple[Tensor | None, Tensor]:
         """The samples that a slot acts on (None: all of them) and its strength on them: (n,) or (1,)."""
         if self.index is None:
             return None, self.strength[..., slot].reshape(-1)
-        rows = (self.index == slot).nonzero()[:, 0]
+        blocks = [rows for own, rows in self.blocks if own == slot]
+        rows = torch.cat([torch.arange(one.start, one.stop, device=self.index.device) for one in blocks or [slice(0, 0)]])
         strength = self.strength if len(self.strength) == 1 else self.strength[rows]
         return (None, strength) if len(rows) == batch else (rows, strength)
+
+    @cached_property
+    def blocks(self) -> list[tuple[int, slice]]:
+        """The samples of one slot that lie together, as (slot, rows), in order; read from the device once for all layers."""
+        found, start = list[tuple[int, slice]](), 0
+        for slot, rows in itertools.groupby(self.index.tolist() if self.index is not None else ()):
+            end = start + len(list(rows))
+            found.append((slot, slice(start, end)))
+            start = end
+        return found
 
     def repeated(self, times: int) -> "Route":
         """The route of the batch laid `times` times behind itself, as guidance needs it."""
         strength = self.strength
         if self.index is None:
-            return Route(strength.repeat(times, 1) if strength.ndim == 2 else strength, None, self.idle)
-        return Route(strength if len(strength) == 1 else strength.repeat(times), self.index.repeat(times))
+            return Route(strength.repeat(times, 1) if strength.ndim == 2 else strength, None, self.active)
+        return Route(strength if len(strength) == 1 else strength.repeat(times), self.index.repeat(times), self.active)
 
 
 def wide(strength: Tensor, like: Tensor) -> Tensor:
@@ -200,9 +213,12 @@ class Site(nn.Module):
         if bank.route is None:
             return y
         by_kind: dict[type[Delta], list[tuple[int, Delta]]] = {}
-        for slot, name in enumerate(bank.adapters):
-            delta = dict(self.deltas.items()).get(name)
-            if isinstance(delta, Delta) and slot not in bank.route.idle:
+        active = bank.route.active
+        for slot in range(len(bank.adapters)) if active is None else active:
+            name = bank.adapters[slot]
+            if name in self.deltas:
+                delta = self.deltas[name]
+                assert isinstance(delta, Delta)
                 by_kind.setdefault(type(delta), []).append((slot, delta))
         out = y
         for kind, deltas in by_kind.items():
@@ -218,6 +234,7 @@ class Bank:
     adapters: list[str] = field(default_factory=list)  # the slot of an adapter is its place in this list
     sites: dict[str, Site] = field(default_factory=dict)
     route: Route | None = None
+    before: dict[str, Tensor] = field(default_factory=dict)  # the base's weights that something was merged into, as they were
 
     def add(self, name: str, pieces: Mapping[str, Piece], rng: Any) -> None:
         """Put a new adapter on, a piece on each of the named layers; `rng(layer name)` gives the random stream of each."""
@@ -257,8 +274,8 @@ class Bank:
             return
         rows = max((value.numel() for value in chosen.values()), default=1)
         columns = [chosen.get(name, torch.zeros(())).expand(rows) for name in self.adapters]
-        idle = frozenset(slot for slot, column in enumerate(columns) if not column.any())
-        self.route = Route(torch.stack(columns, 1), None, idle)
+        active = tuple(slot for slot, name in enumerate(self.adapters) if name in chosen and bool(chosen[name].any()))
+        self.route = Route(torch.stack(columns, 1), None, active)
 
     def deltas(self, name: str) -> Iterator[tuple[str, nn.Module, Delta]]:
         """(full layer name, layer, delta) of one adapter."""
@@ -281,15 +298,25 @@ class Bank:
         return {f"{dotted}.{leaf}" for dotted, _, delta in self.deltas(name) for leaf in delta.fast}
 
     def merge(self, name: str, strength: float = 1.0) -> None:
-        """Add ΔW into the base's weights, so that inference costs nothing; the adapter is taken off."""
+        """Add ΔW into the base's weights, so that inference costs nothing; the adapter is taken off. `unmerge` undoes it."""
         with torch.no_grad():
             for dotted, layer, delta in self.deltas(name):
                 change = delta.merged(layer)
                 if change is None:
+                    self.unmerge()
                     raise UserError("E-ADAPT-03", "this kind of adapter cannot be merged into the base", dotted)
                 weight: Tensor = layer.weight  # type: ignore[assignment]
+                self.before.setdefault(dotted, weight.clone())
                 weight.copy_(weight.float() + strength * change)
         self.remove(name)
+
+    def unmerge(self) -> None:
+        """Give the base its own weights back, bit for bit, whatever was merged into them."""
+        layers = frozen_layers(self.components)
+        with torch.no_grad():
+            for dotted, weight in self.before.items():
+                layers[dotted].get_parameter("weight").copy_(weight)
+        self.before.clear()
 
     def _adapt(self, dotted: str) -> Site:
         layer = getattr(self._parent(dotted), dotted.rpartition(".")[2])

@@ -5,6 +5,7 @@ for event in api.train(api.settle({"data": {"folder": "my-pictures"}, "name": "m
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sdlora import (
     estimate,
     family,
     learners,
+    lock,
     lookup,
     pictures,
     priors,
@@ -28,6 +30,7 @@ from sdlora import (
     settings,
     sharing,
 )
+from sdlora import sweep as sweeping
 from sdlora.config import Run
 from sdlora.data import captioning, edits, ledger, page, store
 from sdlora.data.captioning import Captioning
@@ -63,6 +66,7 @@ __all__ = [
     "average_run",
     "bundle_pack",
     "caption_folder",
+    "cast_tables",
     "check",
     "check_pack",
     "edit_captions",
@@ -73,6 +77,7 @@ __all__ = [
     "grid",
     "header_changes",
     "inspect_base",
+    "is_cast",
     "open_pack",
     "open_studio",
     "override",
@@ -86,8 +91,12 @@ __all__ = [
     "save_text",
     "settings_text",
     "settle",
+    "settle_cast",
+    "sweep",
+    "sweep_results",
     "take_pack",
     "train",
+    "train_cast",
 ]
 
 
@@ -135,6 +144,51 @@ def average_run(run: Path, out: Path, steps: Sequence[int] = (), last: int = 3) 
     """Write the mean of a finished run's checkpoints as a pack."""
     average.save(out, average.average(run, steps, last))
     return open_pack(out)
+
+
+def settle_cast(tables: Sequence[dict[str, Any]], source: object = "", assignments: Sequence[str] = ()) -> list[Run]:
+    """The runs of a cast, from `cast_tables`, with `a.b=c` laid over each of them."""
+    found = []
+    for table in tables:
+        for assignment in assignments:
+            override(table, assignment)
+        found.append(settle(table, f"{source} [[cast]] {table.get('name', '')}".strip()))
+    return found
+
+
+def cast_tables(place: Path) -> list[dict[str, Any]]:
+    """The settings of a cast's members, one table each: from a TOML file with `[[cast]]`, or from a cast's folder."""
+    return cast.kept(place) if place.is_dir() else cast.tables(settings.read(place), place)
+
+
+def is_cast(place: Path) -> bool:
+    """Whether this is a TOML file of a cast, or a folder in which one was trained."""
+    return (place / cast.FILE).is_file() if place.is_dir() else place.is_file() and "cast" in settings.read(place)
+
+
+def train_cast(runs: Sequence[Run], out: Path, stop: Stop | None = None) -> Iterator[Event]:
+    """Train settled runs side by side over one base, or go on with them: each in the folder `out/NAME`, as if alone, so that it can be gone
+    on with alone. Each event says its `member`; when all are through, the first error of any is raised.
+
+    Stopped as by `train`: all of them by `stop` or a file in `out`, one by a file in its own folder.
+    """
+    cast.check(runs, out)
+    with lock.held(out):
+        cast.keep(runs, out)
+        for name, event in cast.train([(run, out / run.name) for run in runs], learners.base_of(runs[0]), stop, out):
+            yield replace(event, member=name)
+
+
+def sweep(table: dict[str, Any], over: Sequence[str], source: object = "") -> list[Run]:
+    """The runs of a cast that differ in the settings of `over` alone, each `a.b=x,y`: one for each choice of values."""
+    return settle_cast(sweeping.members(settle(table, source), over, table), source)
+
+
+def sweep_results(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
+    """The figures of a sweep that `train_cast` trained into `out`, which gets its `curves.png` and `grid.png`."""
+    save_sheet(out / "curves.png", lambda: sweeping.curves(runs, out))
+    save_sheet(out / "grid.png", lambda: sweeping.grid(runs, out))
+    return sweeping.results(runs, out)
 
 
 def runs(root: Path) -> list[Record]:

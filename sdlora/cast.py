@@ -2,30 +2,35 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import tomli_w
 import torch
 from accelerate import Accelerator
 
-from sdlora import devices, estimate, family, job, lock, state
+from sdlora import devices, estimate, family, job, lock, safeio, settings, state
 from sdlora.adapter import Bank
-from sdlora.config import Run
+from sdlora.config import Run, flat
 from sdlora.data import ledger, store
 from sdlora.errors import UserError
 from sdlora.events import Event, Log
 from sdlora.family import Base, Family
 from sdlora.job import Member
 from sdlora.learners import Job, check_objective, check_optimizer, doubts, given, pieces
-from sdlora.stop import Stop
+from sdlora.stop import FILES, Stop
 from sdlora.studio import Studio
 from sdlora.trackers import Trackers
 from sdlora.train import Setup, steps
 
+COMMON = ("base", "vae", "probe", "text.clip_skip", "text.chunks", "train.precision")
+"""What all members of a cast have alike: it is the base's."""
 Runs = Sequence[tuple[Run, Path]]
 """Settings, and the folder of each."""
 Told = Iterator[tuple[str, Event]]
 """(a member's name, what becomes of it)."""
+FILE = "cast.toml"
 
 
 def run(settled: Run, base: Base, out: Path, stop: Stop | None = None) -> Iterator[Event]:
@@ -95,6 +100,9 @@ def _together(members: Sequence[Member], loaded: Family, accelerator: Accelerato
     for member in members:
         yield from follow(member, job.prepare(member, loaded))
     setup = Setup(loaded, Bank(loaded.components), [])
+    if len(members) > 1:
+        for event in room(members, setup):  # of all, and so in nobody's log
+            yield members[0].job.settled.name, event
     for member in going(members):
         yield from follow(member, job.start(member, setup, accelerator))
     level(going(members))
@@ -114,6 +122,19 @@ def _together(members: Sequence[Member], loaded: Family, accelerator: Accelerato
         studio = Studio.open(base)
         for member in going(ended):
             yield from follow(member, job.finish(member, studio))
+
+
+def room(members: Sequence[Member], setup: Setup) -> Iterator[Event]:
+    """Say what memory all of them take, and fill the forward passes with what fits. A resumed cast keeps what its checkpoints say."""
+    jobs = [member.job for member in members]
+    parts = [estimate.memory(one.settled, setup.family, one.pieces, list(one.dataset.buckets)) for one in jobs]
+    samples = sum(given(one.settled.train.batch_size) for one in jobs)
+    total, at_once = estimate.side_by_side(parts, samples, devices.free_bytes(setup.family.device))
+    if not any(state.steps(one.out) for one in jobs):
+        setup.at_once = at_once
+    passes = f"{setup.at_once or samples} of {samples} samples of a step go through the network at once"
+    what = f"{len(jobs)} adapters over one base: about {total / 1e9:.2f} GB beside the libraries"
+    yield Event("note", f"{what}; {passes}", data={"bytes": total})
 
 
 def _steps(members: Sequence[Member], setup: Setup, stop: Stop, asked: Path | None) -> Told:
@@ -166,3 +187,64 @@ def follow(member: Member, events: Iterable[Event]) -> Told:
 
 def going(members: Sequence[Member]) -> list[Member]:
     return [member for member in members if not member.error]
+
+
+# ---------------------------------------------------------------- a cast as settings, and its folder
+
+
+def tables(table: Mapping[str, Any], source: object) -> list[dict[str, Any]]:
+    """The settings of each member: what the file says for all, and over it what a table `[[cast]]` says for the one."""
+    own, common = table.get("cast"), {key: value for key, value in table.items() if key != "cast"}
+    if not isinstance(own, list) or not own or not all(isinstance(one, dict) for one in own):
+        raise UserError("E-CAST-01", "a cast has no members", source, 'write a table [[cast]] for each, with name = "..."')
+    return [laid_over(common, one) for one in own]
+
+
+def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees of tables as one; where both have a value it is the upper one's."""
+    found = dict(below)
+    for key, value in above.items():
+        lower = found.get(key)
+        found[key] = laid_over(lower, value) if isinstance(lower, Mapping) and isinstance(value, Mapping) else value
+    return found
+
+
+def check(runs: Sequence[Run], out: Path) -> None:
+    """Whether these runs can be one cast in this folder. Raises `UserError` before anything is read or written."""
+    if out.exists() and not out.is_dir():
+        raise UserError("E-RUN-01", "this is a file; a cast needs a folder of its own", out, "name a folder with --out")
+    if (out / "config.toml").exists():
+        raise UserError("E-CAST-02", "a run by itself lies in this folder, and a cast needs one of its own", out, "name another with --out")
+    for i, one in enumerate(runs):
+        if one.name.casefold() in [FILE, lock.NAME, *FILES, *(other.name.casefold() for other in runs[:i])]:
+            what = f'two members are called "{one.name}", or a file of the cast is, and each needs a folder of that name'
+            raise UserError("E-CAST-03", what, "cast.name", "give each member a name of its own")
+        if not one.data.sources:
+            raise UserError("E-DATA-01", f"no folder of pictures is named for {one.name}", "cast.data.folder", f"name one for {one.name}")
+        own, first = dict(flat(one)), dict(flat(runs[0]))
+        for key in COMMON:
+            if own[key] != first[key]:
+                what = f"{runs[0].name} has {key} = {first[key]!r} and {one.name} {own[key]!r}; a cast has one base, in one precision"
+                raise UserError("E-CAST-04", what, f"cast.{key}", "say it once for all, or make two casts")
+    places = {one.name: (out / one.name).resolve() for one in runs}
+    for one in runs:
+        for source in one.data.sources:
+            pictures = Path(source.folder).resolve()
+            inner = [name for name, place in places.items() if place.is_relative_to(pictures) or pictures.is_relative_to(place)]
+            if inner or pictures == out.resolve():
+                what = f"the pictures of {one.name} lie where the run of {inner[0] if inner else 'all'} would: {source.folder}"
+                raise UserError("E-CAST-05", what, out, "name another folder with --out")
+
+
+def keep(runs: Sequence[Run], out: Path) -> None:
+    """Write `cast.toml`, which names the members and holds what each began with."""
+    safeio.write(out / FILE, tomli_w.dumps({"cast": [run.model_dump(exclude_none=True) for run in runs]}))
+
+
+def kept(out: Path) -> list[dict[str, Any]]:
+    """The settings of each member of a cast's folder, as its own folder has them if it was begun."""
+    found = []
+    for table in tables(settings.read(out / FILE), out / FILE):
+        own = out / str(table.get("name")) / "config.toml"
+        found.append(settings.read(own) if own.is_file() else table)
+    return found

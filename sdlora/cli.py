@@ -53,6 +53,12 @@ def train(
     with shown_errors():
         from sdlora import api
 
+        if config and api.is_cast(config):
+            if folder or name:
+                raise UserError("E-CAST-06", "a cast's file names its members and pictures itself", config, "leave DIR and --name out")
+            said = [f"{key}={json.dumps(value)}" for key, value in {"base": base, "kind": kind}.items() if value]
+            follow_cast(api.settle_cast(api.cast_tables(config), config, [*said, *(set_ or [])]), out or Path("runs") / config.stem)
+            return
         table = api.read_settings(config, set_ or [])
         for key, value in {"name": name, "base": base, "kind": kind}.items():
             if value:
@@ -69,6 +75,9 @@ def resume(run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")
     with shown_errors():
         from sdlora import api
 
+        if api.is_cast(run):
+            follow_cast(api.settle_cast(api.cast_tables(run), run, set_ or []), run)
+            return
         if not (run / "config.toml").is_file():
             raise UserError("E-RUN-04", "no run lies here: there is no config.toml", run, "name the folder that `sdlora train` wrote")
         follow(api.settle(api.read_settings(run / "config.toml", set_ or []), run / "config.toml"), run)
@@ -212,6 +221,14 @@ def follow(settled: "Run", out: Path) -> None:
     say(f"next: {shlex.join(words)}")
     say(f"  or: {shlex.join(['sdlora', 'ui', '--data-root', str(out)])}    (move the scale with a slider)")
     if tiny:
+        say(TINY)
+
+
+def follow_cast(runs: "list[Run]", out: Path) -> None:
+    """Train a cast, then say what to type next."""
+    run.casting(runs, out)
+    say(f"next: {shlex.join(['sdlora', 'ui', '--data-root', str(out)])}    (all of them on one base)")
+    if runs[0].base == "tiny":
         say(TINY)
 
 

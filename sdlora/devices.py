@@ -31,6 +31,11 @@ def for_pictures() -> tuple[torch.device, torch.dtype]:
     return device, torch.float16 if device.type == "cuda" else torch.float32
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that nothing holds yet, where the device says it."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 def _device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")

@@ -74,9 +74,21 @@ def show(event: "Event", progress: Progress, bar: TaskID) -> str:
         before = task.fields.get("smooth", event.loss)
         smooth = 0.95 * before + 0.05 * event.loss
         progress.update(task.id, completed=event.step, visible=True, figures=f"loss {smooth:.4f}  {speed}", smooth=smooth)
-    elif event.kind in ("note", "warning", "validation", "paused"):
-        before = f"{event.kind}: " if event.kind in ("warning", "paused") else ""
+    elif event.kind in ("note", "warning", "validation", "paused", *(["failed"] if event.member else [])):
+        before = f"{event.member}: " if event.member else ""
+        before += f"{event.kind}: " if event.kind in ("warning", "paused") else ""
         progress.console.print(before + event.text, highlight=False, markup=False, soft_wrap=True)
         if event.step:
             progress.update(bar, completed=event.step)
     return event.text if event.kind == "done" else ""
+
+
+def numbers(text: str, where: str) -> list[int]:
+    """`1,2,4` as numbers, rising."""
+    try:
+        found = sorted({int(part) for part in text.split(",")}) if text.strip() else []
+    except ValueError:
+        found = [0]
+    if any(one < 1 for one in found):
+        raise UserError("E-FIND-05", f'"{text}" is no list of sizes', where, "write for example 1,2,4,8")
+    return found

@@ -187,7 +187,7 @@ def scaled(each: Tensor, slot: Tensor, learners: Sequence[Learner]) -> Tensor:
 def sample_losses(family: Family, bank: Bank, batch: Batch, goals: Sequence[Goal]) -> Tensor:
     """Weighted loss of each sample (B,), float32; a sample goes through its own learner's adapter, towards its own goal."""
     device = family.device
-    text, frame, slot = batch.text.to(device), batch.frame.to(device), batch.slot.to(device)
+    text, frame = batch.text.to(device), batch.frame.to(device)
     noised = noised_batch(family, batch, goals)
     target, prior = noised.target, batch.prior.nonzero()[:, 0].to(device)
     if len(prior):
@@ -195,8 +195,8 @@ def sample_losses(family: Family, bank: Bank, batch: Batch, goals: Sequence[Goal
         with torch.no_grad():
             base = said(family, noised.x[prior], noised.t[prior], text[prior], frame[prior])
             target = target.index_copy(0, prior, base.to(target.dtype))
-    idle = frozenset(range(len(goals))) - set(batch.slot.tolist())
-    bank.route = Route(torch.ones(1, device=device), slot if len(goals) > 1 else None, idle, batch.key.to(device))
+    active = tuple(sorted(set(batch.slot.tolist())))
+    bank.route = Route(torch.ones(1, device=device), batch.slot if len(goals) > 1 else None, active, batch.key.to(device))
     predicted = said(family, noised.x, noised.t, text, frame).to(target.dtype)
     share = noised.t / len(family.alphas_cumprod)
     missed = [miss(predicted[rows], target[rows], noised.snr[rows], goal.config, share[rows]) for goal, rows in by_goal(batch, goals)]

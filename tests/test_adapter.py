@@ -153,6 +153,8 @@ def test_merged_is_the_adapter(kind: str, name: str) -> None:
     torch.testing.assert_close(run(bank, x), adapted, rtol=1e-5, atol=1e-5)
     assert not torch.equal(before, layer.get_parameter("weight"))
     assert not torch.allclose(adapted, y, atol=1e-3)
+    bank.unmerge()
+    assert torch.equal(before, layer.get_parameter("weight"))
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -117,7 +117,7 @@ class Adapter(Factors):
             return _stacked(deltas, x, out, route.strength)
         if len(deltas) == 1:
             return super().mixed(deltas, layer, x, y, out, route)
-        return _routed(deltas, x, out, route.index, route.strength)
+        return _routed({slot: delta for slot, delta in deltas if isinstance(delta, Adapter)}, layer, x, out, route)
 
 
 def _stacked(deltas: Sequence[tuple[int, Delta]], x: Tensor, out: Tensor, strength: Tensor) -> Tensor:
@@ -135,20 +135,22 @@ def _stacked(deltas: Sequence[tuple[int, Delta]], x: Tensor, out: Tensor, streng
     return torch.addmm(out.flatten(0, -2), hidden, up.t()).view_as(out)
 
 
-def _routed(deltas: Sequence[tuple[int, Delta]], x: Tensor, out: Tensor, index: Tensor, strength: Tensor) -> Tensor:
-    """One adapter per sample: factors padded to the largest rank, gathered (B, r, in) and multiplied sample by sample."""
-    loras = [delta for _, delta in deltas if isinstance(delta, Adapter)]
-    rank = max(lora.rank for lora in loras)
-    down = torch.stack([F.pad(lora.down, (0, 0, 0, rank - lora.rank)) for lora in loras]).to(x.dtype)  # (K, r, in)
-    up = torch.stack([F.pad(lora.up * lora.scale, (0, rank - lora.rank)) for lora in loras]).to(x.dtype)  # (K, out, r)
-    place = torch.full((int(max(slot for slot, _ in deltas)) + 2,), -1, device=index.device)
-    place[[slot for slot, _ in deltas]] = torch.arange(len(loras), device=index.device)
-    chosen = place[index.clamp(max=len(place) - 1)]
-    strength = wide(strength, x) * wide(chosen >= 0, x)  # a sample whose adapter does not sit here keeps the layer's output
-    chosen = chosen.clamp(min=0)
-    flat = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
-    hidden = torch.bmm(flat, down[chosen].transpose(1, 2))
-    return out + strength * torch.bmm(hidden, up[chosen].transpose(1, 2)).view_as(out)
+def _routed(loras: Mapping[int, Adapter], layer: nn.Linear, x: Tensor, out: Tensor, route: Route) -> Tensor:
+    """One adapter per sample. Blocks of as many samples each go through one batched product, factors padded to the largest rank."""
+    blocks = [(loras.get(slot), rows) for slot, rows in route.blocks]
+    chosen = [lora for lora, _ in blocks if lora]
+    if len(chosen) < len(blocks) or len({rows.stop - rows.start for _, rows in blocks}) > 1:
+        parts = []
+        for lora, rows in blocks:  # a sample whose adapter does not sit here keeps the layer's output
+            strength = route.strength if len(route.strength) == 1 else route.strength[rows]
+            parts.append(out[rows] + wide(strength, x) * lora.change(layer, x[rows], out[rows]) if lora else out[rows])
+        return torch.cat(parts)
+    rank = max(lora.rank for lora in chosen)
+    down = torch.stack([F.pad(lora.down, (0, 0, 0, rank - lora.rank)) for lora in chosen]).to(x.dtype)  # (blocks, r, in)
+    up = torch.stack([F.pad(lora.up * lora.scale, (0, rank - lora.rank)) for lora in chosen]).to(x.dtype)  # (blocks, out, r)
+    hidden = torch.bmm(x.reshape(len(blocks), -1, x.shape[-1]), down.mT)
+    share = wide(route.strength.to(x.device), x) * hidden.view(*x.shape[:-1], rank)
+    return torch.baddbmm(out.reshape(len(blocks), -1, out.shape[-1]), share.view_as(hidden), up.mT).view_as(out)
 
 
 def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
-from sdlora.errors import UserError
-from sdlora.terminal import say, shown_errors
+from sdlora.terminal import console, numbers, say, shown_errors
+from sdlora.verbs.run import casting
 
 if TYPE_CHECKING:
     from sdlora.api import Event, Run
@@ -87,12 +89,23 @@ def told(events: "Iterator[Event]", place: Path) -> None:
             say(f"written: {place.with_suffix('.png')}, {place.with_suffix('.json')}")
 
 
-def numbers(text: str, where: str) -> list[int]:
-    """`1,2,4` as numbers, rising."""
-    try:
-        found = sorted({int(part) for part in text.split(",")}) if text.strip() else []
-    except ValueError:
-        found = [0]
-    if any(one < 1 for one in found):
-        raise UserError("E-FIND-05", f'"{text}" is no list of sizes', where, "write for example 1,2,4,8")
-    return found
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(help="TOML file of settings", metavar="F.toml")],
+    over: Annotated[list[str], typer.Option(help="setting and its values, a.b=x,y; may be repeated: all combinations")],
+    set_: Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=C", help="set one setting; may be repeated")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="folder of the runs; default: runs/sweep-NAME", metavar="DIR")] = None,
+) -> None:
+    """Train one run per choice of values, all at once over one base, and lay them side by side."""
+    with shown_errors():
+        from sdlora import api
+
+        runs = api.sweep(api.read_settings(config, set_ or []), over, config)
+        place = out or Path("runs") / f"sweep-{config.stem}"
+        casting(runs, place)
+        table = Table("run", "loss", "loss held out", "distance", box=None, pad_edge=False, header_style="bold")
+        for one in api.sweep_results(runs, place):
+            figures = ["" if one[key] is None else f"{one[key]:.4g}" for key in ("loss", "loss_held_out", "distance")]
+            table.add_row(*(Text(cell, overflow="fold") for cell in [str(one["name"]), *figures]))
+        console().print(table)
+        say(f"look: {place / 'grid.png'}, {place / 'curves.png'}")

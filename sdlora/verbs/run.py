@@ -2,18 +2,22 @@
 
 import dataclasses
 import json
+import shlex
+import signal
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from sdlora.errors import UserError
-from sdlora.terminal import console, progress, say, show, shown_errors
-from sdlora.verbs.find import numbers
+from sdlora.terminal import console, numbers, progress, say, show, shown_errors
+
+if TYPE_CHECKING:
+    from sdlora.api import Run
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="See what became of runs, and how one is going.")
 
@@ -122,4 +126,27 @@ def checked(run: Path) -> None:
 
 def told(event: dict[str, Any]) -> Any:
     """A line of the log in the form that the terminal shows."""
-    return SimpleNamespace(**event)
+    return SimpleNamespace(**{"member": "", **event})
+
+
+def casting(runs: "list[Run]", out: Path) -> None:
+    """Train a cast, a line of progress for each member, then say where the packs lie."""
+    from sdlora import api
+
+    again, packs, stop = shlex.join(["sdlora", "resume", str(out)]), dict[str, str](), api.Stop()
+    try:
+        with stop.on_signals(), progress(console()) as shown:
+            bars = {run.name: shown.add_task(run.name, total=run.train.steps, figures="") for run in runs}
+            for event in api.train_cast(runs, out, stop):
+                if event.kind != "note" or event.step or event.data:  # of each member's beginning its folder tells more
+                    pack = show(event, shown, bars[event.member])
+                    packs |= {event.member: pack} if pack else {}
+    except KeyboardInterrupt as interrupted:
+        say(f"stopped at once. Go on from the last checkpoints with: {again}")
+        raise typer.Exit(getattr(interrupted, "exit_code", 130)) from None
+    finally:
+        for pack in packs.values():
+            say(f"pack: {pack}")
+    if len(packs) < len(runs):
+        say(f"stopped, and saved. Go on with: {again}, or with one of them: {again}/NAME")
+        raise typer.Exit(128 + (stop.signum or signal.SIGINT))
