@@ -61,7 +61,7 @@ def errors(run: Any, loaded: Family, where: Path, latents: list[tuple[Tensor, Te
     dataset = ledger.fit_dataset(ledger.read_dataset(run, where), run, loaded)
     data = learners.prepared(learners.Job(run, loaded.base, where, 0.0, dataset, ["text_encoder.x"]), loaded, [latents])
     (batch,) = micro_batch([data], range(4))
-    return train.sample_losses(loaded, Bank(loaded.components), batch, train.Goal(epsilon.noise, run.objective), 1)
+    return train.sample_losses(loaded, Bank(loaded.components), batch, [train.Goal(epsilon.noise, run.objective)])
 
 
 @pytest.mark.parametrize("floor", [0.01, 1.0])
