@@ -19,7 +19,7 @@ from sdlora.data.edits import Edit
 from sdlora.errors import UserError
 from sdlora.events import Event
 from sdlora.generate import Recipe
-from sdlora.packs import file
+from sdlora.packs import file, precision
 from sdlora.packs.file import Pack
 from sdlora.record import Record
 from sdlora.settings import override
@@ -39,6 +39,7 @@ __all__ = [
     "UserError",
     "caption_folder",
     "check",
+    "convert_pack",
     "edit_captions",
     "events",
     "grid",
@@ -123,6 +124,19 @@ def inspect_base(name: str) -> dict[str, Any]:
 def open_pack(path: Path) -> Pack:
     """Read a pack; `UserError` if it is none."""
     return file.load(path)
+
+
+def convert_pack(path: Path, layout: str, out: Path, dtype: str = "fp16", base: str = "") -> list[str]:
+    """Write a pack of any layout and kind in another, for the base it was made for or the named one; returns what is to be known of it."""
+    pack = file.load(path)
+    if dtype not in precision.DTYPES:
+        raise UserError("E-PACK-34", f'there is no precision "{dtype}"', "--dtype", f"choose one of: {', '.join(precision.DTYPES)}")
+    studio = Studio.open(family.find(base or pack.base or "tiny"), torch.float32)
+    tensors = file.converted(pack, studio.bank, studio.family, layout, precision.DTYPES[dtype])
+    left_out = (*file.HASHES, "lora_adapter_metadata", "sshs_legacy_hash")  # of other tensors, or of scales that are in these now
+    header = {key: value for key, value in pack.metadata.items() if key not in left_out} | studio.family.architecture()
+    file.save(out, tensors, lambda sha256: header | {"sshs_model_hash": sha256, "modelspec.hash_sha256": f"0x{sha256}"})
+    return [f"{len(tensors)} tensors in {layout} layout, {dtype}: {out}"]
 
 
 def open_studio(packs: Sequence[Pack] = (), base: str = "") -> Studio:

@@ -161,6 +161,14 @@ class Preview(Settings):
     """Steps between previews of the same prompts during training, at scale 1; 0: none."""
 
 
+class Packing(Settings):
+    layouts: Annotated[list[Literal["kohya", "diffusers"]], Field(min_length=1)] = Field(default=["kohya"])
+    """Layouts of the pack: kohya, which all programs open, and diffusers, which holds LoRA alone. Each after the first is a file of its
+    own, `NAME.LAYOUT.safetensors`."""
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Precision of the pack's weights; fp16 is read everywhere. Factors are scaled against one another before small numbers are lost."""
+
+
 class Run(Settings):
     name: str = ""
     """Name of the pack; empty: the folder's name. Also the trigger, unless one is given."""
@@ -182,6 +190,7 @@ class Run(Settings):
     train: Train = Train()
     validation: Validation = Validation()
     preview: Preview = Preview()
+    pack: Packing = Packing()
 
     @field_validator("name", "trigger")
     @classmethod

@@ -24,7 +24,7 @@ from sdlora.errors import UserError
 from sdlora.events import Event, Log, patiently
 from sdlora.family import Base, Family
 from sdlora.learners import Job, Latents, adapted, check_objective, check_optimizer, doubts, given, new_learner, noising, pieces
-from sdlora.packs import file, metadata
+from sdlora.packs import file, metadata, precision
 from sdlora.stop import Stop
 from sdlora.studio import Studio
 from sdlora.trackers import Trackers
@@ -35,6 +35,8 @@ FIXED = ("base", "adapter", "name", "kind", "seed")
 """What of a run's settings no resumed run may change."""
 REPORTED = ("preview", "stopped", "done")
 """Events after which the report is written anew."""
+LOST = 1e-3
+"""Share of numbers that may become zero in a pack unsaid: a few of a uniform start always do."""
 RECORDED = ("sdlora", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 
 
@@ -146,11 +148,13 @@ def _train(job: Job, loaded: Family, accelerator: Accelerator, stop: Stop) -> It
         state.restore(job.out, [learner], course.progress.step, best[0])
         yield Event("note", f"the pack holds the weights of step {best[0]}, whose validation loss is lowest", step=best[0])
     with learner.averaged():
-        tensors = file.tensors_of(bank, settled.name, loaded)
+        files, lost = file.written(bank, settled.name, loaded, settled.pack.layouts, precision.DTYPES[settled.pack.dtype])
+    if lost > LOST:
+        yield Event("warning", f"{lost:.2%} of the pack's numbers are too small for {settled.pack.dtype} and became 0; see pack.dtype")
     step = course.progress.step
     del loaded, bank, learner, course  # the base is loaded again in the precision of pictures: make room
     accelerator.free_memory()
-    yield from _finish(job, tensors, latents, step, stop)
+    yield from _finish(job, files, latents, step, stop)
 
 
 def new_course(job: Job, loaded: Family, bank: Bank, learner: Learner, accelerator: Accelerator, stop: Stop) -> Course:
@@ -188,11 +192,11 @@ def take_up(course: Course) -> Iterator[Event]:
         yield Event("warning", note)
 
 
-def _finish(job: Job, tensors: dict[str, Tensor], latents: Latents, step: int, stop: Stop) -> Iterator[Event]:
+def _finish(job: Job, files: dict[str, dict[str, Tensor]], latents: Latents, step: int, stop: Stop) -> Iterator[Event]:
     """Look at what was learnt with the very weights of the pack, then write the pack."""
     settled = job.settled
     studio = Studio.open(job.base)
-    name = studio.add(file.Pack(settled.name, tensors, {"sdlora.adapter": settled.adapter.model_dump()["kind"]}))
+    name = studio.add(file.Pack(settled.name, next(iter(files.values())), {"sdlora.adapter": settled.adapter.model_dump()["kind"]}))
     thumbnail, data = None, {}
     if settled.preview.scales:
         rows, scales = preview.strip(studio, settled, name), settled.preview.scales
@@ -205,5 +209,7 @@ def _finish(job: Job, tensors: dict[str, Tensor], latents: Latents, step: int, s
     facts = metadata.Facts(len(set(job.dataset.pool)), step, job.began, time.time(), job.dataset.buckets, thumbnail)
     path = job.out / f"{settled.name}.safetensors"
     describe = partial(metadata.describe, settled, studio.family, facts)
-    yield from patiently(lambda: file.save(path, tensors, describe), stop)
+    for layout, tensors in files.items():
+        place = path if layout == settled.pack.layouts[0] else path.with_name(f"{settled.name}.{layout}.safetensors")
+        yield from patiently(partial(file.save, place, tensors, describe), stop)
     yield Event("done", str(path), step=step, data={"seconds": round(time.time() - job.began, 1), **data})

@@ -35,7 +35,7 @@ class Studio:
 
     def add(self, pack: file.Pack) -> str:
         """Put a pack on the base, off until a recipe names it; returns the name it goes by."""
-        name = pack.name
+        name = pack.name.replace(".", "-")  # which no module may have in its name
         while name in self.packs:
             name += "+"
         file.attach(pack, name, self.bank, self.family)
