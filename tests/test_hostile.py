@@ -70,7 +70,7 @@ def twice(path: Path) -> bytes:
     return whole(f"{json.dumps(header)[:-1]},{again}}}".encode(), data)
 
 
-def many(path: Path) -> bytes:
+def many(_: Path) -> bytes:
     entries = {f"lora_unet_x{i}.alpha": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_000)}
     return whole(entries, b"")
 
@@ -89,13 +89,14 @@ HARM: dict[str, Callable[[Path], bytes]] = {
     "104 zeros behind the header": lambda path: whole(parts(path)[0], bytes(len(parts(path)[1]))),
     **{f"106 length {n}": raw(lambda c, n=n: n.to_bytes(8, "little") + c[8:]) for n in (2**63, 100_000_001, 99_000_000, 0, 1)},  # type: ignore[misc]
     "107 no JSON": text(lambda header: header[:-1] + b"]"),
-    "107 an array": raw(lambda content: whole(b'[{"a":1}]', b"")),
+    "107 an array": lambda _: whole(b'[{"a":1}]', b""),
     "107 no UTF-8": text(lambda header: header.replace(b"lora", b"l\xffra", 1)),
     "107 deep": lambda _: whole(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", b""),
     "107 NaN": text(lambda header: header.replace(b'"shape":[', b'"shape":[NaN,', 1)),
     "108 gap": shift(0, 2), "108 overlap": shift(-2, 0), "108 backwards": field("data_offsets", [8, 0]),
     "108 floats": field("data_offsets", [0.0, 8.0]), "108 bools": field("data_offsets", [False, True]),
-    "109 overflow": field("shape", [2**40, 2**40]), "110 zero times much": field("shape", [0, 2**62]), "109 negative": field("shape", [-1, -8]),
+    "109 overflow": field("shape", [2**40, 2**40]), "110 zero times much": field("shape", [0, 2**62]),
+    "109 negative": field("shape", [-1, -8]),
     "111 twice": twice,
     "112 leading space": text(lambda header: b" " + header), "112 further field": field("more", 1),
     "113 many of no size": many,
@@ -162,7 +163,7 @@ def mutated(header: bytes, data: bytes, rng: np.random.Generator) -> bytes:
     return whole(header, data)
 
 
-def test_a_thousand_mutations_are_taken_or_refused(pack_path: Path, tmp_path: Path) -> None:
+def test_a_thousand_mutations_are_taken_or_refused(pack_path: Path) -> None:
     """The header and keys alone: no other error than ours, no more memory than the file's own size a few times over."""
     table, data = parts(pack_path)
     header, rng = json.dumps(table, separators=(",", ":")).encode(), np.random.Generator(np.random.Philox(key=103))
