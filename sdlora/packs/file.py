@@ -171,7 +171,7 @@ def _judge(pack: Pack, fitted: Mapping[str, Fitted], report: Report, family: Fam
     made_for = f"it was made for {pack.base}, " if pack.base and pack.base != family.base.name else ""
     count = len(report.unknown) + len(report.ignored)
     what = f"this pack does not fit the base {family.base.name}: {made_for}{count} of its keys and layers cannot be applied"
-    todo = "generate with the base it was made for (--base)" + ("; or allow a part of it (--partial)" if fitted else "")
+    todo = "generate with the base it was made for (--base)" + ("; from Python, attach(partial=True) puts on what fits" if fitted else "")
     raise UserError(report.code, f"{what}: {'; '.join(report.lines())}", pack.name, todo)
 
 
