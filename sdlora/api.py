@@ -38,7 +38,7 @@ from sdlora.data.edits import Edit
 from sdlora.errors import UserError
 from sdlora.events import Event
 from sdlora.generate import Recipe
-from sdlora.packs import bundle, card
+from sdlora.packs import bundle, card, file, precision
 from sdlora.packs.pipelines import Applied, Pack
 from sdlora.packs.readers import Reading
 from sdlora.record import Record
@@ -69,6 +69,7 @@ __all__ = [
     "cast_tables",
     "check",
     "check_pack",
+    "convert_pack",
     "edit_captions",
     "edit_pack",
     "events",
@@ -226,6 +227,19 @@ def inspect_base(name: str) -> dict[str, Any]:
 def open_pack(path: Path) -> Pack:
     """Read a pack, or the one in a bundle; `UserError` if it is none."""
     return sharing.opened(path)
+
+
+def convert_pack(path: Path, layout: str, out: Path, dtype: str = "fp16", base: str = "") -> list[str]:
+    """Write a pack of any layout and kind in another, for the base it was made for or the named one; returns what is to be known of it."""
+    pack = file.load(path)
+    if dtype not in precision.DTYPES:
+        raise UserError("E-PACK-34", f'there is no precision "{dtype}"', "--dtype", f"choose one of: {', '.join(precision.DTYPES)}")
+    studio = Studio.open(family.find(base or pack.base or "tiny"), torch.float32)
+    tensors = file.converted(pack, studio.bank, studio.family, layout, precision.DTYPES[dtype])
+    left_out = (*file.HASHES, "lora_adapter_metadata", "sshs_legacy_hash")  # of other tensors, or of scales that are in these now
+    header = {key: value for key, value in pack.metadata.items() if key not in left_out} | studio.family.architecture()
+    file.save(out, tensors, lambda sha256: header | {"sshs_model_hash": sha256, "modelspec.hash_sha256": f"0x{sha256}"})
+    return [f"{len(tensors)} tensors in {layout} layout, {dtype}: {out}"]
 
 
 def check_pack(path: Path, base: str = "") -> list[Reading]:

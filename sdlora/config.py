@@ -191,6 +191,11 @@ class Packing(Settings):
     """Whether a small picture of the strip, or of what it is given later, lies in the header."""
     force: bool = False
     """Write the pack even if some program would open it and silently do otherwise than was trained; its header then says which."""
+    layouts: Annotated[list[Literal["kohya", "diffusers"]], Field(min_length=1)] = Field(default=["kohya"])
+    """Layouts of the pack: kohya, which all programs open, and diffusers, which holds LoRA alone. Each after the first is a file of its
+    own, `NAME.LAYOUT.safetensors`."""
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Precision of the pack's weights; fp16 is read everywhere. Factors are scaled against one another before small numbers are lost."""
 
 
 class Run(Settings):

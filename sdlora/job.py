@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from sdlora.errors import UserError
 from sdlora.events import Event, Log, patiently
 from sdlora.family import Family
 from sdlora.learners import Job, Latents, adapted, adapted_line, given, new_learner
-from sdlora.packs import file, metadata, privacy
+from sdlora.packs import file, metadata, precision, privacy
 from sdlora.stop import Stop
 from sdlora.studio import Studio
 from sdlora.trackers import Trackers
@@ -33,6 +34,8 @@ FIXED = ("base", "vae", "text", "adapter", "name", "kind", "seed")
 """What of a run's settings no resumed run may change."""
 REPORTED = ("preview", "stopped", "done")
 """Events after which the report is written anew."""
+LOST = 1e-3
+"""Share of numbers that may become zero in a pack unsaid: a few of a uniform start always do."""
 RECORDED = ("sdlora", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 
 
@@ -47,7 +50,7 @@ class Member:
     latents: Latents = ()
     course: Course | None = None  # while it trains
     step: int = 0  # that its training ended with
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # of its pack, then
+    files: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # tensors of its pack, then, by layout
     pace: list[tuple[int, float]] = field(default_factory=list)  # (step, seconds) at which the device was waited for
     error: UserError | None = None  # what ended it before its time
 
@@ -185,15 +188,18 @@ def take_off(member: Member) -> Iterator[Event]:
         state.restore(course.out, [learner], course.progress.step, best[0])
         yield Event("note", f"the pack holds the weights of step {best[0]}, whose validation loss is lowest", step=best[0])
     with learner.averaged():
-        member.tensors = file.tensors_of(setup.bank, settled.name, setup.family)
+        dtype = precision.DTYPES[settled.pack.dtype]
+        member.files, lost = file.written(setup.bank, settled.name, setup.family, settled.pack.layouts, dtype)
+    if lost > LOST:
+        yield Event("warning", f"{lost:.2%} of the pack's numbers are too small for {settled.pack.dtype} and became 0; see pack.dtype")
     member.step = course.progress.step
 
 
 def finish(member: Member, studio: Studio) -> Iterator[Event]:
     """Look at what was learnt with the very weights of the pack, then write the pack."""
-    job, tensors, step, stop = member.job, member.tensors, member.step, member.stop
+    job, step, stop = member.job, member.step, member.stop
     settled = job.settled
-    name = studio.add(file.Pack(settled.name, tensors, {"sdlora.adapter": settled.adapter.model_dump()["kind"]}))
+    name = studio.add(file.Pack(settled.name, next(iter(member.files.values())), {"sdlora.adapter": settled.adapter.model_dump()["kind"]}))
     thumbnail, data = None, {}
     if settled.preview.scales:
         rows, scales = preview.strip(studio, settled, name), settled.preview.scales
@@ -208,8 +214,10 @@ def finish(member: Member, studio: Studio) -> Iterator[Event]:
     kept = sum(job.dataset.account.used[i].regularisation for i in shown)
     facts = metadata.Facts(len(shown), step, job.began, time.time(), job.dataset.buckets, thumbnail, hidden, regularisation=kept)
     path = job.out / f"{settled.name}.safetensors"
-    describe, told = export.describing(settled, studio.family, tensors, facts)
-    yield from told
-    yield from patiently(lambda: file.save(path, tensors, describe), stop)
+    for layout, tensors in member.files.items():
+        place = path if layout == settled.pack.layouts[0] else path.with_name(f"{settled.name}.{layout}.safetensors")
+        describe, told = export.describing(settled, studio.family, tensors, facts)
+        yield from told
+        yield from patiently(partial(file.save, place, tensors, describe), stop)
     yield Event("done", str(path), step=step, data={"seconds": round(time.time() - job.began, 1), **data})
     studio.remove(name)

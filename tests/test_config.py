@@ -11,7 +11,7 @@ import small
 from typer.testing import CliRunner
 
 from sdlora import api, cli, config, defaults, lookup, settings
-from sdlora.config import Data, Folder, Preview, Run, Text, Train, Validation
+from sdlora.config import Data, Folder, Packing, Preview, Run, Text, Train, Validation
 from sdlora.errors import BAD_INPUT, UserError
 from sdlora.settings import Settings
 
@@ -233,7 +233,7 @@ def test_every_default_belongs_to_a_setting() -> None:
 def fields(cls: type[Settings], prefix: str = "") -> Iterator[tuple[str, str | None]]:
     """(dotted name, description) of every setting; a table is described by its settings."""
     for name, field in cls.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, (Data, Text, Train, Validation, Preview)):
+        if isinstance(field.annotation, type) and issubclass(field.annotation, (Data, Text, Train, Validation, Preview, Packing)):
             yield from fields(field.annotation, f"{prefix}{name}.")
         elif field.annotation == list[Folder]:
             yield from fields(Folder, f"{prefix}{name}.")

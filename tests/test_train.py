@@ -475,6 +475,8 @@ ELSEWHERE = {  # which test shows it
     "data.keep_tokens": "test_captions: tags are mixed as is set",
     "data.tag_dropout": "test_captions: tags are dropped as often as is set",
     "train.trackers": "test_trackers: trackers are told the figures",
+    "pack.layouts": "test_writing: a run writes each layout it is asked for",
+    "pack.dtype": "test_writing: a run writes each layout it is asked for",
     "preview.every": "test_course: previews change nothing",
     "train.on_nonfinite": "test_course: a broken picture is named and left out",
     "validation.patience": "test_course: training ends when the loss falls no more",

@@ -20,7 +20,8 @@ from sdlora.errors import UserError
 from sdlora.events import Event
 from sdlora.family import Family
 from sdlora.packs import keys
-from sdlora.packs.file import levelled, load
+from sdlora.packs.file import load
+from sdlora.packs.writing import agreed
 
 
 def loaded(base: Path) -> Family:
@@ -96,9 +97,10 @@ def test_one_alpha_in_a_pack_changes_no_difference() -> None:
         down, up = small.numbers((rank, 6)), small.numbers((5, rank), 1)
         return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(alpha)}
 
-    before = {**module("a", 2, 1.0), **module("b", 3, 4.0), **module("c", 4, 1.0)}
-    after = levelled(before)
-    assert {float(after[f"{name}.alpha"]) for name in "abc"} == {1.0}
+    names = ("lora_unet_a", "lora_unet_b", "lora_unet_c")
+    before = {**module(names[0], 2, 1.0), **module(names[1], 3, 4.0), **module(names[2], 4, 1.0)}
+    after = agreed(before)
+    assert {float(after[f"{name}.alpha"]) for name in names} == {4.0}
     for name, change in differences(before).items():
         torch.testing.assert_close(differences(after)[name], change)
 
