@@ -28,7 +28,7 @@ def main() -> None:
     parameter.grad = torch.randn(PARAMETERS)
     optimizer.mask(torch.tensor(True))
     optimizer.step()
-    learner = Learner("mira", None, {"all": parameter}, optimizer)  # type: ignore[arg-type]
+    learner = Learner("mira", None, {"all": parameter}, optimizer, None, None)  # type: ignore[arg-type]
     seconds = []
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
         for step in range(1, 11):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdlora import config, estimate, family, job, learners, lookup, pictures, priors, record, safeio, settings
+from sdlora import cast, config, estimate, family, learners, lookup, pictures, priors, record, safeio, settings
 from sdlora.config import Run
 from sdlora.data import captioning, edits, ledger, page, store
 from sdlora.data.captioning import Captioning
@@ -85,7 +85,7 @@ def train(run: Run, out: Path, stop: Stop | None = None) -> Iterator[Event]:
 
     A run is stopped by setting `stop.stop`, or by a file called `stop` in its folder: it saves, and `stopped` is its last event.
     """
-    return job.run(run, family.find(run.base), out, stop)
+    return cast.run(run, family.find(run.base), out, stop)
 
 
 def runs(root: Path) -> list[Record]:

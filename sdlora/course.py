@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from sdlora.schedule import rate
 from sdlora.state import Progress
 from sdlora.stop import Stop
 from sdlora.studio import Studio
-from sdlora.train import Setup, Trained, steps
+from sdlora.train import Learner, Setup, Trained
 from sdlora.validation import HeldOut
 
 MOST_LAPSES = 3
@@ -25,52 +25,32 @@ MOST_LAPSES = 3
 
 @dataclass
 class Course:
-    """One run on its way. When `events` is through, `stopped` tells whether it was asked to stop before its end."""
+    """One learner on its way."""
 
     setup: Setup
+    slot: int
     settled: Run
     out: Path
     names: Sequence[str]  # of the pictures, as messages call them
     held: Sequence[HeldOut]
     progress: Progress
     stop: Stop
-    stopped: bool = False
+    stopped: bool = False  # it was asked to stop before its end
     lapses: int = 0
+    unread: list[Trained] = field(default_factory=list)
 
-    def events(self) -> Iterator[Event]:
-        train = self.settled.train
-        assert train.save_every is not None
-        unread: list[Trained] = []
-        with self.stop.gently():
-            yield from self._begin()
-            if self._is_enough():
-                return
-            for trained in steps(self.setup, self.progress.step):
-                unread.append(trained)
-                self.stop.look(self.out)
-                stopping = self.stop.stop  # from here on: what is wished later is granted a step later
-                due = trained.step == train.steps or trained.step % train.save_every == 0
-                save = due or stopping or self.stop.save
-                if save or trained.step % train.log_every == 0:
-                    yield from self._read(unread)
-                    unread.clear()
-                self.progress.step = trained.step
-                if due:
-                    yield from self._validate()
-                if save:
-                    yield from self._save()
-                if self.stop.sample or (self.settled.preview.every and trained.step % self.settled.preview.every == 0):
-                    yield from self._look()
-                if stopping and trained.step != train.steps:
-                    self.stopped = True
-                    yield Event("stopped", f"saved at step {trained.step}", step=trained.step, data={"signal": self.stop.signum})
-                    return
-                if self._is_enough():
-                    yield Event("note", f"no lower validation loss in the last {self.progress.waited()}: training ends here")
-                    return
+    @property
+    def learner(self) -> Learner:
+        return self.setup.learners[self.slot]
 
-    def _begin(self) -> Iterator[Event]:
-        needed = (self.settled.train.keep_checkpoints + 2) * state.size(self.setup.learners)
+    @property
+    def is_over(self) -> bool:
+        """Whether its training has come to an end."""
+        return self.learner.is_through or self._is_enough()
+
+    def begin(self) -> Iterator[Event]:
+        """What is told before the first step, or on going on."""
+        needed = (self.settled.train.keep_checkpoints + 2) * state.size([self.learner])
         free = shutil.disk_usage(self.out).free
         if free < needed:
             yield Event(
@@ -78,32 +58,65 @@ class Course:
             )
         if self.progress.step == 0:
             if self.held:
-                base = validation.loss(self.setup, 0, self.held, 0.0)
+                base = validation.loss(self.setup, self.slot, self.held, 0.0)
                 yield Event("validation", f"loss of the base on {len(self.held)} pictures held out: {base:.5f}", data={"loss": base})
             if self.settled.preview.every:
                 yield from self._look()
+        self.learner.left = self.is_over
+
+    def after(self, trained: Trained) -> Iterator[Event]:
+        """What is told after a step of its own."""
+        train = self.settled.train
+        assert train.save_every is not None
+        self.unread.append(trained)
+        self.stop.look(self.out)
+        stopping = self.stop.stopping  # from here on: what is wished later is granted a step later
+        due = trained.step == train.steps or trained.step % train.save_every == 0
+        save = due or stopping or self.stop.save
+        if save or trained.step % train.log_every == 0:
+            yield from self._read(self.unread)
+            self.unread.clear()
+        self.progress.step = trained.step
+        self.progress.beside = [self.setup.learners[slot].name for slot in trained.loss if slot != self.slot]
+        if due:
+            yield from self._validate()
+        if save:
+            yield from self._save()
+        if self.stop.sample or (self.settled.preview.every and trained.step % self.settled.preview.every == 0):
+            yield from self._look()
+        if stopping and trained.step != train.steps:
+            yield from self.halt()
+        elif self._is_enough():
+            yield Event("note", f"no lower validation loss in the last {self.progress.waited()}: training ends here")
+            self.learner.left = True
+
+    def halt(self) -> Iterator[Event]:
+        """Take no further step; all is saved."""
+        self.stopped = self.learner.left = True
+        data = {"signal": (self.stop.above or self.stop).signum}
+        yield Event("stopped", f"saved at step {self.progress.step}", step=self.progress.step, data=data)
 
     def _read(self, unread: Sequence[Trained]) -> Iterator[Event]:
         """Wait for the device and tell the losses of some steps; look for the cause of what was not finite."""
         train = self.settled.train
         assert train.lr is not None
-        losses = torch.stack([one.loss.mean() for one in unread]).tolist()
-        finite = torch.stack([one.finite for one in unread]).tolist()
-        for one, loss, flags in zip(unread, losses, finite, strict=True):
+        losses = torch.stack([one.loss[self.slot] for one in unread]).tolist()
+        finite = torch.stack([one.finite[self.slot] for one in unread]).tolist()
+        for one, loss, sound in zip(unread, losses, finite, strict=True):
             lr = train.lr * rate(one.step - 1, train)
-            yield Event("step", step=one.step, loss=loss if all(flags) else None, data={"lr": lr})
-            self.lapses = 0 if all(flags) else self.lapses + 1
-            for slot in (slot for slot, sound in enumerate(flags) if not sound):
-                yield from self._mend(slot, one.step - 1)
-            if one.at_once != self.progress.at_once:
-                what = f"memory did not suffice: from step {one.step} on {one.at_once} samples go through the network at once, not "
-                yield Event("warning", f"{what}{self.progress.at_once}; the result is the same but for rounding", step=one.step)
+            yield Event("step", step=one.step, loss=loss if sound else None, data={"lr": lr})
+            self.lapses = 0 if sound else self.lapses + 1
+            if not sound:
+                yield from self._mend(one.step - 1)
+            if one.at_once and one.at_once != self.progress.at_once:
+                what = f"memory did not suffice: from step {one.step} on only {one.at_once} samples go through the network at once"
+                yield Event("warning", f"{what}; the result is the same but for rounding", step=one.step)
                 self.progress.at_once = one.at_once
 
-    def _mend(self, slot: int, step: int) -> Iterator[Event]:
+    def _mend(self, step: int) -> Iterator[Event]:
         """Go on after a step that moved nothing, or raise `UserError` if it is better not to."""
-        learner, train = self.setup.learners[slot], self.settled.train
-        cause = diagnose.find(self.setup, slot, step)
+        learner, train = self.learner, self.settled.train
+        cause = diagnose.find(self.setup, self.slot, step)
         names = ", ".join(self.names[picture] for picture in cause.pictures)
         what = f"loss or gradient is not finite; the weights did not move. Cause: {names + ': ' if names else ''}{cause.text}"
         since = (step // train.log_every + 1) * train.log_every  # the next step that is sure to be taken after this one was read
@@ -123,8 +136,8 @@ class Course:
     def _validate(self) -> Iterator[Event]:
         if not self.held:
             return
-        with self.setup.learners[0].averaged():
-            loss = validation.loss(self.setup, 0, self.held)
+        with self.learner.averaged():
+            loss = validation.loss(self.setup, self.slot, self.held)
         self.progress.validations.append((self.progress.step, loss))
         best = self.progress.best()
         lowest = "" if best is None or best[0] == self.progress.step else f", lowest {best[1]:.5f} at step {best[0]}"
@@ -137,15 +150,15 @@ class Course:
 
     def _save(self) -> Iterator[Event]:
         self.stop.save = False
-        keep, learners = self.settled.train.keep_checkpoints, self.setup.learners
-        path = yield from patiently(lambda: state.save(self.out, self.progress, learners, keep), self.stop)
+        keep = self.settled.train.keep_checkpoints
+        path = yield from patiently(lambda: state.save(self.out, self.progress, [self.learner], keep), self.stop)
         yield Event("checkpoint", path.name, step=self.progress.step)
 
     def _look(self) -> Iterator[Event]:
         self.stop.sample = False
         studio = Studio(self.setup.family, self.setup.bank, {})
         try:
-            with self.setup.learners[0].averaged():
+            with self.learner.averaged():
                 row = pictures.row(preview.in_training(studio, self.settled, 1.0 if self.progress.step else 0.0))
         except RuntimeError as error:
             if not should_reduce_batch_size(error):

@@ -65,9 +65,8 @@ def _of_data(setup: Setup, bad: Sequence[Sample]) -> Cause:
 
 
 def _samples(setup: Setup, slot: int, step: int) -> Iterator[Sample]:
-    assert setup.train.batch_size is not None
-    count = setup.train.batch_size * setup.train.accumulation
-    data = setup.learners[slot].at(step)
+    learner = setup.learners[slot]
+    data, count = learner.at(step), len(learner.numbers)
     for number in range(step * count, (step + 1) * count):
         for batch in micro_batch([data], range(number, number + 1)):
             yield Sample(picture_of(number, data.pool, data.seed), replace(batch, slot=torch.full_like(batch.slot, slot)))
@@ -87,7 +86,7 @@ def _others(setup: Setup, slot: int, samples: Sequence[Sample]) -> Iterator[Samp
 def _sound(setup: Setup, slot: int, sample: Sample) -> bool:
     """Whether one sample has a finite loss and gradient; leaves no gradient behind."""
     learner = setup.learners[slot]
-    loss = sample_losses(setup.family, setup.bank, sample.batch, setup.goal, len(setup.learners)).sum()
+    loss = sample_losses(setup.family, setup.bank, sample.batch, setup.goals).sum()
     loss.backward()  # type: ignore[no-untyped-call]
     gradients = [parameter.grad for parameter in learner.params.values() if parameter.grad is not None]
     sound = bool(loss.isfinite()) and all(bool(gradient.isfinite().all()) for gradient in gradients)
@@ -100,7 +99,7 @@ def _latents_are_finite(sample: Sample) -> bool:
 
 
 def timestep(setup: Setup, sample: Sample) -> int:
-    return int(noised_batch(setup.family, sample.batch, setup.goal).t[0])
+    return int(noised_batch(setup.family, sample.batch, setup.goals).t[0])
 
 
 def first_broken(setup: Setup, sample: Sample) -> str:
@@ -118,7 +117,7 @@ def first_broken(setup: Setup, sample: Sample) -> str:
     handles = [module.register_forward_hook(look(name)) for name, module in named]
     try:
         with torch.no_grad():
-            sample_losses(setup.family, setup.bank, sample.batch, setup.goal, len(setup.learners))
+            sample_losses(setup.family, setup.bank, sample.batch, setup.goals)
     finally:
         for handle in handles:
             handle.remove()

@@ -24,6 +24,7 @@ class Event:
     step: int = 0
     loss: float | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    member: str = ""  # of a cast, whose run this is about; the log of a run need not say it
 
 
 @dataclass
@@ -54,12 +55,12 @@ def patiently(write: Callable[[], T], stop: Stop) -> Generator[Event, None, T]:
         try:
             return write()
         except UserError as error:
-            if error.code != DISK_IS_FULL or stop.stop:
+            if error.code != DISK_IS_FULL or stop.stopping:
                 raise
             what = str(error)
         if not said:
             yield Event("paused", f"{what} · waiting, nothing is lost; looking again every {RETRY_S:g} s")
             said = True
         until = time.monotonic() + RETRY_S
-        while time.monotonic() < until and not stop.stop:
+        while time.monotonic() < until and not stop.stopping:
             time.sleep(min(0.1, RETRY_S))

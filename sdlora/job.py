@@ -1,13 +1,13 @@
-"""One run from a folder of pictures to a finished pack: everything around the loop, told as events."""
+"""One run from a folder of pictures to a finished pack, stage by stage: everything around the loop, told as events."""
 
 import contextlib
 import dataclasses
 import importlib.metadata
-import itertools
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -15,20 +15,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdlora import devices, estimate, family, lock, lookup, pictures, preview, priors, report, safeio, settings, state
-from sdlora.adapter import Bank
+from sdlora import estimate, lock, pictures, preview, priors, report, safeio, settings, state
 from sdlora.config import Run, flat, parse, to_toml
 from sdlora.course import Course
-from sdlora.data import cache, captions, ledger, store
+from sdlora.data import cache, captions, ledger
 from sdlora.errors import UserError
 from sdlora.events import Event, Log, patiently
-from sdlora.family import Base, Family
-from sdlora.learners import Job, Latents, adapted, check_objective, check_optimizer, doubts, given, new_learner, noising, pieces
+from sdlora.family import Family
+from sdlora.learners import Job, Latents, adapted, given, new_learner
 from sdlora.packs import file, metadata
 from sdlora.stop import Stop
 from sdlora.studio import Studio
 from sdlora.trackers import Trackers
-from sdlora.train import Goal, Learner, Setup
+from sdlora.train import Setup
 from sdlora.validation import HeldOut
 
 FIXED = ("base", "adapter", "name", "kind", "seed")
@@ -38,41 +37,41 @@ REPORTED = ("preview", "stopped", "done")
 RECORDED = ("sdlora", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 
 
-def run(settled: Run, base: Base, out: Path, stop: Stop | None = None) -> Iterator[Event]:
-    """Train a resolved run into a folder, going on from its last checkpoint if it has one. Every event is also in its log."""
-    began = time.time()
-    accelerator, dtype = devices.for_training(given(settled.train.precision))
-    check_folder(settled, out)
-    check_optimizer(settled)
-    trackers = Trackers(settled.train.trackers, settled.name, out / "trackers")
-    with lock.held(out) as unlocked:
-        notes = check_folder(settled, out)
-        kept = store.usual(out / "cache")
-        found = ledger.read_dataset(settled, out / "cache", kept)
-        loaded = family.load(base, accelerator.device, dtype)
-        check_objective(settled, loaded)
-        job = Job(settled, base, out, began, ledger.fit_dataset(found, settled, loaded), pieces(settled, loaded), kept)
-        doubtful = [Event("warning", doubt) for doubt in doubts(settled, loaded, job.pieces)]
-        prepare_folder(settled, out, accelerator.device)
-        log = Log(out / "events.jsonl")
-        said = [Event("note", note) for note in notes] + [Event("warning", unlocked)] * bool(unlocked) + doubtful
-        told = itertools.chain(said, _train(job, loaded, accelerator, stop or Stop()))
-        timing, pace = estimate.pace_name(settled, loaded), list[tuple[int, float]]()
-        del loaded  # what tells makes room once it is trained
+@dataclass
+class Member:
+    """One run of a cast: what it works with, how it is asked to stop, who is told. A run by itself is a cast of one."""
+
+    job: Job
+    stop: Stop
+    trackers: Trackers
+    log: Log
+    latents: Latents = ()
+    course: Course | None = None  # while it trains
+    step: int = 0  # that its training ended with
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # of its pack, then
+    pace: list[tuple[int, float]] = field(default_factory=list)  # (step, seconds) at which the device was waited for
+    error: UserError | None = None  # what ended it before its time
+
+    def follow(self, events: Iterable[Event]) -> Iterator[Event]:
+        """Events, each in the log too. What breaks ends this member alone: its last event is `failed`, and `error` holds the cause."""
         try:
-            with trackers:
-                for event in told:
-                    trackers.tell(log.add(event))
-                    if event.kind == "step" and event.step % settled.train.log_every == 0:  # the others are told later than they were done
-                        pace.append((event.step, time.monotonic()))
-                    if event.kind in REPORTED:
-                        write_report(out)
-                    yield event
-            estimate.keep_pace(timing, kept, pace)
+            for event in events:
+                self._tell(event)
+                yield event
         except UserError as error:
-            log.add(Event("failed", str(error)))
-            write_report(out)
-            raise
+            self.error = error
+            if self.course:
+                self.course.learner.left = True
+            failed = Event("failed", str(error))
+            self._tell(failed)
+            yield failed
+
+    def _tell(self, event: Event) -> None:
+        self.trackers.tell(self.log.add(event))
+        if event.kind == "step" and event.step % self.job.settled.train.log_every == 0:  # the others are told later than they were done
+            self.pace.append((event.step, time.monotonic()))
+        if event.kind in REPORTED:
+            write_report(self.job.out)
 
 
 def write_report(out: Path) -> None:
@@ -117,11 +116,13 @@ def prepare_folder(settled: Run, out: Path, device: torch.device) -> None:
         safeio.sweep(folder)
 
 
-def _train(job: Job, loaded: Family, accelerator: Accelerator, stop: Stop) -> Iterator[Event]:
-    settled = job.settled
+def prepare(member: Member, loaded: Family) -> Iterator[Event]:
+    """Settle the pictures and write what becomes of each; no adapter may be on the base."""
+    job, settled = member.job, member.job.settled
     if settled.data.prior_pictures:
         yield Event("note", f"the base draws {settled.data.prior_pictures} regularisation pictures, unless they are in the run's cache")
         job = dataclasses.replace(job, dataset=priors.with_drawn(job.dataset, settled, loaded, job.out / "cache", job.kept))
+        member.job = job
     dataset = job.dataset
     yield Event("note", dataset.account.line())
     found = ledger.findings(dataset, settled, loaded)
@@ -130,68 +131,66 @@ def _train(job: Job, loaded: Family, accelerator: Accelerator, stop: Stop) -> It
     safeio.write(job.out / "ledger.json", json.dumps(table, indent=1))
     for finding in (one for one in found if one.severity == "warn"):
         yield Event("warning", ledger.said(finding))
-    latents = cache.latents(dataset.account.used, dataset.variants, settled.data.ground, loaded, job.kept)
-    bank = Bank(loaded.components)
-    learner = new_learner(job, loaded, bank, accelerator, latents)
+    member.latents = cache.latents(dataset.account.used, dataset.variants, settled.data.ground, loaded, job.kept)
+
+
+def start(member: Member, setup: Setup, accelerator: Accelerator) -> Iterator[Event]:
+    """Put the run's adapter on the base, beside the others, as its last checkpoint has it."""
+    job = member.job
+    setup.learners.append(new_learner(job, setup.family, setup.bank, accelerator, member.latents))
     if job.kept.note:
         yield Event("warning", job.kept.note)
-    yield Event("note", adapted(bank, settled.name, loaded))
-    course = new_course(job, loaded, bank, learner, accelerator, stop)
-    yield from take_up(course)
-    yield from course.events()
-    if course.stopped:
-        return
-    best = course.progress.best()
-    if best and settled.validation.pack == "best" and best[0] != course.progress.step:
-        state.restore(job.out, [learner], course.progress.step, best[0])
-        yield Event("note", f"the pack holds the weights of step {best[0]}, whose validation loss is lowest", step=best[0])
-    with learner.averaged():
-        tensors = file.tensors_of(bank, settled.name, loaded)
-    step = course.progress.step
-    del loaded, bank, learner, course  # the base is loaded again in the precision of pictures: make room
-    accelerator.free_memory()
-    yield from _finish(job, tensors, latents, step, stop)
+    yield Event("note", adapted(setup.bank, job.settled.name, setup.family))
+    member.course = new_course(job, setup, member.stop)
+    yield from take_up(member.course)
 
 
-def new_course(job: Job, loaded: Family, bank: Bank, learner: Learner, accelerator: Accelerator, stop: Stop) -> Course:
-    """All that training needs, at its beginning."""
-    settled, items = job.settled, job.dataset.account.used
-    goal = Goal(lookup.find("objectives", noising(settled).kind).noise, noising(settled))
-    at_once = given(settled.train.batch_size)
-    setup = Setup(loaded, bank, [learner], goal, settled.train, accelerator, at_once)
+def new_course(job: Job, setup: Setup, stop: Stop) -> Course:
+    """The newest learner's course, at its beginning."""
+    settled, items, slot = job.settled, job.dataset.account.used, len(setup.learners) - 1
     said = [captions.final(items[i], settled, 0) for i in job.dataset.held]
-    tokens = loaded.tokens([*said, ""])
-    data = learner.data
+    tokens = setup.family.tokens([*said, ""])
+    data = setup.learners[slot].data
     held = [HeldOut(data.latents[i][0][0], tokens[n], data.frames[i][0], items[i].look.digest) for n, i in enumerate(job.dataset.held)]
     names = [job.dataset.account.name(item.path) for item in items]
-    return Course(setup, settled, job.out, names, held, state.Progress(at_once=at_once, dataset=job.dataset.digest), stop)
+    return Course(setup, slot, settled, job.out, names, held, state.Progress(dataset=job.dataset.digest), stop)
 
 
 def take_up(course: Course) -> Iterator[Event]:
     """Go on from the newest sound checkpoint, if there is one."""
-    train = course.settled.train
-    found = state.restore(course.out, course.setup.learners, given(train.steps))
+    learner, setup = course.learner, course.setup
+    found = state.restore(course.out, [learner], given(course.settled.train.steps))
     for path in found.damaged:
         yield Event("warning", f"{path.name.removeprefix('bad-')} is damaged: it is called {path.name} now, and passed over")
     if not found.progress.step:
         return
     if found.progress.dataset not in ("", course.progress.dataset):
         yield Event("warning", "pictures, captions or how they are shown are others than before; what is learnt from here on is of these")
-        for learner in course.setup.learners:
-            learner.quarantine.clear()  # it names pictures by their place
+        learner.quarantine.clear()  # it names pictures by their place
         found.progress.dataset = course.progress.dataset
-    at_once = min(found.progress.at_once or given(train.batch_size), given(train.batch_size))
-    course.progress, course.setup.at_once = found.progress, at_once
-    course.progress.at_once = at_once
+    course.progress, learner.step = found.progress, found.progress.step
+    setup.at_once = min((one for one in (setup.at_once, found.progress.at_once) if one), default=0)
     yield Event("note", f"going on from step {found.progress.step}", step=found.progress.step)
     for note in found.notes:
         yield Event("warning", note)
 
 
-def _finish(job: Job, tensors: dict[str, Tensor], latents: Latents, step: int, stop: Stop) -> Iterator[Event]:
+def take_off(member: Member) -> Iterator[Event]:
+    """End the training with the tensors of the pack."""
+    course, settled = given(member.course), member.job.settled
+    best, setup, learner = course.progress.best(), course.setup, course.learner
+    if best and settled.validation.pack == "best" and best[0] != course.progress.step:
+        state.restore(course.out, [learner], course.progress.step, best[0])
+        yield Event("note", f"the pack holds the weights of step {best[0]}, whose validation loss is lowest", step=best[0])
+    with learner.averaged():
+        member.tensors = file.tensors_of(setup.bank, settled.name, setup.family)
+    member.step = course.progress.step
+
+
+def finish(member: Member, studio: Studio) -> Iterator[Event]:
     """Look at what was learnt with the very weights of the pack, then write the pack."""
+    job, tensors, step, stop = member.job, member.tensors, member.step, member.stop
     settled = job.settled
-    studio = Studio.open(job.base)
     name = studio.add(file.Pack(settled.name, tensors, {"sdlora.adapter": settled.adapter.model_dump()["kind"]}))
     thumbnail, data = None, {}
     if settled.preview.scales:
@@ -200,10 +199,11 @@ def _finish(job: Job, tensors: dict[str, Tensor], latents: Latents, step: int, s
         texts = {"sdlora": json.dumps(metadata.public(settled, job.base.name))}
         sheet = pictures.encode(preview.sheet(rows, settled, job.base.name), texts)
         yield from patiently(lambda: safeio.write(job.out / "strip.png", sheet), stop)
-        data = preview.likeness(studio, settled, name, job.dataset, latents)
+        data = preview.likeness(studio, settled, name, job.dataset, member.latents)
         yield Event("note", preview.learnt(data), data=data)
     facts = metadata.Facts(len(set(job.dataset.pool)), step, job.began, time.time(), job.dataset.buckets, thumbnail)
     path = job.out / f"{settled.name}.safetensors"
     describe = partial(metadata.describe, settled, studio.family, facts)
     yield from patiently(lambda: file.save(path, tensors, describe), stop)
     yield Event("done", str(path), step=step, data={"seconds": round(time.time() - job.began, 1), **data})
+    studio.remove(name)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
 from sdlora import lookup
@@ -23,7 +24,7 @@ from sdlora.family import Base, Family
 from sdlora.objective import Noising
 from sdlora.optimizer import Optimizing, faster, groups, library
 from sdlora.randomness import stream
-from sdlora.train import Learner
+from sdlora.train import Goal, Learner
 
 T = TypeVar("T")
 Latents = Sequence[Sequence[tuple[Tensor, Tensor]]]
@@ -79,15 +80,17 @@ def pieces(settled: Run, loaded: Family) -> dict[str, Piece]:
 def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, latents: Latents) -> Learner:
     """Put a fresh adapter on the bank, with its data and optimizer."""
     settled, train = job.settled, job.settled.train
-    bank.add(settled.name, job.pieces, lambda dotted: stream(settled.seed, f"init/{dotted}"))
     data = prepared(job, loaded, latents)
+    bank.add(settled.name, job.pieces, lambda dotted: stream(settled.seed, f"init/{dotted}"))
     rates, fast = {"unet.": given(train.lr), "text_encoder": given(train.text_encoder_lr)}, bank.fast(settled.name)
     halves = [faster(bank.parameters(settled.name, part), lr, fast, train.lora_plus_ratio) for part, lr in rates.items()]
     params = bank.parameters(settled.name)
     ema = {dotted: parameter.detach().clone() for dotted, parameter in params.items()} if train.ema else {}
     own = optimizing(settled)
     optimizer = lookup.find("optimizers", own.kind).new(groups([*itertools.chain.from_iterable(halves)]), own)
-    return Learner(settled.name, data, params, accelerator.prepare(optimizer), ema)
+    scaler = accelerator.scaler and torch.amp.GradScaler(loaded.device.type)  # its own: who overflows slows no other down
+    goal = Goal(lookup.find("objectives", noising(settled).kind).noise, noising(settled))
+    return Learner(settled.name, data, params, AcceleratedOptimizer(optimizer, scaler=scaler), goal, train, ema)
 
 
 def prepared(job: Job, loaded: Family, latents: Latents) -> Prepared:
@@ -174,7 +177,7 @@ def doubts(settled: Run, loaded: Family, pieces: Mapping[str, Piece]) -> list[st
 def adapted(bank: Bank, name: str, loaded: Family) -> str:
     """What is trained, in a sentence."""
     ours = sum(p.numel() for p in bank.parameters(name).values())
-    whole = sum(p.numel() for module in loaded.components.values() for p in module.parameters()) - ours
+    whole = sum(p.numel() for module in loaded.components.values() for p in module.parameters() if not p.requires_grad)
     frozen = next(p for module in loaded.components.values() for p in module.parameters() if not p.requires_grad)
     where = f"on {loaded.device.type} in {str(frozen.dtype).removeprefix('torch.')}"
     return f"{len(list(bank.deltas(name)))} layers adapted, {ours:,} parameters trained, {ours / whole:.2%} of {whole:,}, {where}"

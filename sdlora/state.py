@@ -23,9 +23,10 @@ class Progress:
     """What a run has come to, beside weights and optimizer."""
 
     step: int = 0
-    at_once: int = 0  # samples that go through the network at once, as far as memory allowed; 0: a whole batch
+    at_once: int = 0  # samples that go through the network at once, once memory did not suffice for all; 0: all
     validations: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
     dataset: str = ""  # a hash of the pictures and captions that it was trained on
+    beside: list[str] = field(default_factory=list)  # who took the last step with it
 
     def best(self) -> tuple[int, float] | None:
         """The validation of the lowest loss, the first of equal ones."""
@@ -162,9 +163,8 @@ def _read(state: dict[str, Any], learners: Sequence[Learner]) -> Progress:
     for learner in learners:
         known = state.get("quarantine", {}).get(learner.name, {})
         learner.quarantine = {int(picture): since for picture, since in known.items()}
-    return Progress(
-        state["step"], state.get("at_once", 0), [(step, loss) for step, loss in state.get("validations", [])], state.get("dataset", "")
-    )
+    validations = [(step, loss) for step, loss in state.get("validations", [])]
+    return Progress(state["step"], state.get("at_once", 0), validations, state.get("dataset", ""), state.get("beside", []))
 
 
 def _differences(state: dict[str, Any], learners: Sequence[Learner]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,17 @@ class Stop:
     stop: bool = False
     save: bool = False
     sample: bool = False
+    above: "Stop | None" = None  # the wish of all that this is a part of
+
+    @property
+    def stopping(self) -> bool:
+        return self.stop or (self.above is not None and self.above.stopping)
+
+    def pass_on(self, parts: "Iterable[Stop]") -> None:
+        """Ask the parts to save and show themselves if all are to."""
+        for part in parts:
+            part.save, part.sample = part.save or self.save, part.sample or self.sample
+        self.save = self.sample = False
 
     def look(self, folder: Path) -> None:
         """Take up what files in the run folder ask for; each of them goes when it is read."""

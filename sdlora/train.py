@@ -1,18 +1,18 @@
 """The training loop and nothing else."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
-from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from sdlora.adapter import Bank, Route
 from sdlora.config import Train
-from sdlora.data.batches import Batch, Prepared, micro_batch
+from sdlora.data.batches import Batch, Prepared, grouped
 from sdlora.errors import RESOURCES, UserError
 from sdlora.family import Family
 from sdlora.objective import Noise, Noised, Noising, miss
@@ -20,16 +20,38 @@ from sdlora.optimizer import set_rate
 from sdlora.schedule import rate
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What the network is to say: an objective and its settings."""
+
+    noise: Noise
+    config: Noising
+
+
 @dataclass
 class Learner:
-    """One adapter in training: its data, its parameters, its own optimizer. Several share a base and never see one another."""
+    """One adapter in training: its data, its parameters, its own optimizer and pace. Several share a base and never see one another."""
 
     name: str
     data: Prepared
     params: dict[str, nn.Parameter]
-    optimizer: AcceleratedOptimizer  # around a `Masked` one
+    optimizer: AcceleratedOptimizer  # around a `Masked` one; its gradient scaler, where there is one, is the learner's own
+    goal: Goal
+    train: Train
     ema: dict[str, Tensor] = field(default_factory=dict)  # moving average of the parameters, where one is kept
     quarantine: dict[int, int] = field(default_factory=dict)  # pictures that broke steps, and the first step that is without each
+    step: int = 0  # steps taken so far
+    left: bool = False  # it takes no further step, whatever its settings say
+
+    @property
+    def is_through(self) -> bool:
+        return self.left or self.step >= (self.train.steps or 0)
+
+    @property
+    def numbers(self) -> range:
+        """The samples of its next step, by number."""
+        count = (self.train.batch_size or 0) * self.train.accumulation
+        return range(self.step * count, (self.step + 1) * count)
 
     def at(self, step: int) -> Prepared:
         """The data as a step draws from it."""
@@ -53,105 +75,153 @@ class Learner:
                 self.params[name].copy_(value)
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What the network is to say: an objective and its settings."""
-
-    noise: Noise
-    config: Noising
-
-
 @dataclass
 class Setup:
     """Everything that a step works with."""
 
     family: Family
     bank: Bank
-    learners: Sequence[Learner]
-    goal: Goal
-    train: Train
-    accelerator: Accelerator
-    at_once: int  # samples in one forward pass; fewer than the batch size once memory did not suffice
+    learners: list[Learner]  # by slot, as their adapters are on the bank
+    at_once: int = 0  # samples that fit into one forward pass, once memory did not suffice for all; 0: whatever there is
+
+    @property
+    def goals(self) -> list[Goal]:
+        return [learner.goal for learner in self.learners]
+
+    def fitting(self, samples: int) -> int:
+        """How many of so many samples go through the network at once."""
+        return min(samples, self.at_once or samples)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One step was taken. The tensors are still on the device: reading them waits for it."""
+    """Some learners took a step. The tensors are still on the device: reading them waits for it."""
 
-    step: int  # steps taken so far
-    loss: Tensor  # (K,) mean loss of each learner
-    finite: Tensor  # (K,) false where loss or gradient were not finite, and that learner's step was skipped
-    at_once: int  # samples in each of its forward passes
-
-
-def steps(setup: Setup, first: int = 0) -> Iterator[Trained]:
-    """Train from step `first` on; yields after every optimizer step. Each learner ends as if it had been trained alone."""
-    assert setup.train.steps is not None
-    for step in range(first, setup.train.steps):
-        loss = gradients(setup, step)
-        finite = [update(learner, step, setup.train, setup.accelerator, loss[slot]) for slot, learner in enumerate(setup.learners)]
-        yield Trained(step + 1, loss, torch.stack(finite), setup.at_once)
+    step: int  # steps that they have taken so far
+    loss: Mapping[int, Tensor]  # by slot: the mean loss of each that took it
+    finite: Mapping[int, Tensor]  # by slot: false where loss or gradient were not finite, and nothing of that learner moved
+    at_once: int  # samples that one forward pass had to do with; 0: memory sufficed
 
 
-def gradients(setup: Setup, step: int) -> Tensor:
-    """Leave a step's gradients on the parameters and return the losses (K,).
+def steps(setup: Setup) -> Iterator[Trained]:
+    """Train until all learners are through; yields after every optimizer step. Each ends as if it had been trained alone."""
+    while slots := due(setup.learners):
+        learners = [setup.learners[slot] for slot in slots]
+        losses = gradients(setup, slots)
+        finite = [update(learner, loss) for learner, loss in zip(learners, losses, strict=True)]
+        for learner in learners:
+            learner.step += 1
+        yield Trained(learners[0].step, dict(zip(slots, losses, strict=True)), dict(zip(slots, finite, strict=True)), setup.at_once)
+
+
+def due(learners: Sequence[Learner]) -> list[int]:
+    """Slots of the learners that take the next step: those furthest behind. Who is ahead waits for them, which costs no step more, and so
+    the company of a step does not depend on where a run was stopped."""
+    going = [slot for slot, learner in enumerate(learners) if not learner.is_through]
+    least = min((learners[slot].step for slot in going), default=0)
+    return [slot for slot in going if learners[slot].step == least]
+
+
+def at_most(learners: Sequence[Learner]) -> int:
+    """Samples in one forward pass while memory suffices: a batch of each."""
+    return sum(learner.train.batch_size or 0 for learner in learners)
+
+
+def gradients(setup: Setup, slots: Sequence[int]) -> Tensor:
+    """Leave a step's gradients on the parameters of the learners in these slots and return their losses, in this order.
 
     Where memory does not suffice the same samples, with the same noise, go through in smaller parts from then on.
     """
+    learners = [setup.learners[slot] for slot in slots]
     while True:
+        at_once = setup.fitting(at_most(learners))
         try:
-            return _accumulate(setup, step)
+            return _accumulate(setup, slots, at_once)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
             needed = str(error).splitlines()[0]
-        if setup.at_once == 1:
+        if at_once == 1:
             todo = "lower data.resolution_px or adapter.rank, or free memory, and resume"
-            raise UserError("E-MEM-01", f"not even one sample fits into memory: {needed}", f"step {step + 1}", todo, RESOURCES)
-        setup.at_once = (setup.at_once + 1) // 2
-        for learner in setup.learners:
+            where = f"step {learners[0].step + 1}"
+            raise UserError("E-MEM-01", f"not even one sample fits into memory: {needed}", where, todo, RESOURCES)
+        setup.at_once = (at_once + 1) // 2
+        for learner in learners:
             learner.optimizer.zero_grad(set_to_none=True)
         clear_device_cache(garbage_collection=True)
 
 
-def _accumulate(setup: Setup, step: int) -> Tensor:
-    assert setup.train.batch_size is not None
-    samples, device = setup.train.batch_size * setup.train.accumulation, setup.family.device
-    loss = torch.zeros(len(setup.learners), device=device)
-    data = [learner.at(step) for learner in setup.learners]
-    for start in range(0, samples, setup.at_once):
-        numbers = range(step * samples + start, step * samples + min(samples, start + setup.at_once))
-        for batch in micro_batch(data, numbers):
-            each = sample_losses(setup.family, setup.bank, batch, setup.goal, len(setup.learners))
-            setup.accelerator.backward(each.sum() / samples)
-            loss = loss.index_add(0, batch.slot.to(device), each.detach() / samples)
-    return loss
+def _accumulate(setup: Setup, slots: Sequence[int], at_once: int) -> Tensor:
+    device = setup.family.device
+    samples = torch.tensor([len(learner.numbers) for learner in setup.learners], device=device)
+    loss = torch.zeros(len(samples), device=device)
+    data = [learner.at(learner.step) for learner in setup.learners]
+    for part in passes(setup.learners, slots, at_once):
+        for batch in grouped(data, part):
+            slot = batch.slot.to(device)
+            each = sample_losses(setup.family, setup.bank, batch, setup.goals) / samples[slot]
+            scaled(each, batch.slot, setup.learners).backward()  # type: ignore[no-untyped-call]
+            loss = loss.index_add(0, slot, each.detach().to(loss.dtype))
+    return loss[list(slots)]
 
 
-def sample_losses(family: Family, bank: Bank, batch: Batch, goal: Goal, learners: int) -> Tensor:
-    """Weighted loss of each sample (B,), float32; a sample goes through its own learner's adapter."""
+def passes(learners: Sequence[Learner], slots: Sequence[int], at_once: int) -> Iterator[list[tuple[int, int]]]:
+    """A step's samples as (slot, number), those of one forward pass together: a batch of each learner, then the next of each."""
+    order = []
+    for slot in slots:
+        size = learners[slot].train.batch_size or 1
+        order += [(i // size, slot, number) for i, number in enumerate(learners[slot].numbers)]
+    samples = [(slot, number) for _, slot, number in sorted(order)]
+    for start in range(0, len(samples), at_once):
+        yield sorted(samples[start : start + at_once])
+
+
+def scaled(each: Tensor, slot: Tensor, learners: Sequence[Learner]) -> Tensor:
+    """What is to be differentiated: the sum of the losses, each times its own learner's factor under half precision."""
+    if learners[0].optimizer.scaler is None:
+        return each.sum()
+    parts = {own: each[(slot == own).to(each.device)].sum() for own in dict.fromkeys(slot.tolist())}
+    return torch.stack([learners[own].optimizer.scaler.scale(part) for own, part in parts.items()]).sum()
+
+
+def sample_losses(family: Family, bank: Bank, batch: Batch, goals: Sequence[Goal]) -> Tensor:
+    """Weighted loss of each sample (B,), float32; a sample goes through its own learner's adapter, towards its own goal."""
     device = family.device
     text, frame, slot = batch.text.to(device), batch.frame.to(device), batch.slot.to(device)
-    noised = noised_batch(family, batch, goal)
+    noised = noised_batch(family, batch, goals)
     target, prior = noised.target, batch.prior.nonzero()[:, 0].to(device)
     if len(prior):
         bank.route = None
         with torch.no_grad():
             base = said(family, noised.x[prior], noised.t[prior], text[prior], frame[prior])
             target = target.index_copy(0, prior, base.to(target.dtype))
-    bank.route = Route(torch.ones(1, device=device), slot if learners > 1 else None)
+    idle = frozenset(range(len(goals))) - set(batch.slot.tolist())
+    bank.route = Route(torch.ones(1, device=device), slot if len(goals) > 1 else None, idle)
     predicted = said(family, noised.x, noised.t, text, frame).to(target.dtype)
-    return (miss(predicted, target, noised.snr, goal.config) * batch.weight.to(device)).mean((1, 2, 3)) * noised.weight
+    missed = [miss(predicted[rows], target[rows], noised.snr[rows], goal.config) for goal, rows in by_goal(batch, goals)]
+    return (torch.cat(missed) * batch.weight.to(device)).mean((1, 2, 3)) * noised.weight
 
 
-def noised_batch(family: Family, batch: Batch, goal: Goal) -> Noised:
+def noised_batch(family: Family, batch: Batch, goals: Sequence[Goal]) -> Noised:
     """A batch as the network gets it; its target knows only the noise that is asked for."""
     latents, uniform = batch.latents.to(family.device), batch.uniform.to(family.device)
 
     def under(noise: Tensor) -> Noised:
-        return goal.noise(latents, noise.to(family.device), uniform, family.alphas_cumprod, goal.config)
+        noise, parts = noise.to(family.device), []
+        for goal, rows in by_goal(batch, goals):
+            parts.append(goal.noise(latents[rows], noise[rows], uniform[rows], family.alphas_cumprod, goal.config))
+        return Noised(**{one.name: torch.cat([getattr(part, one.name) for part in parts]) for one in fields(Noised)})
 
     return replace(under(batch.noise), x=under(batch.seen).x)
+
+
+def by_goal(batch: Batch, goals: Sequence[Goal]) -> Iterator[tuple[Goal, slice]]:
+    """The rows of a batch that have the same goal and lie together."""
+    start = 0
+    for goal, rows in itertools.groupby(batch.slot.tolist(), key=lambda slot: goals[slot]):
+        end = start + len(list(rows))
+        yield goal, slice(start, end)
+        start = end
 
 
 def said(family: Family, x: Tensor, t: Tensor, text: Tensor, frame: Tensor) -> Tensor:
@@ -159,18 +229,20 @@ def said(family: Family, x: Tensor, t: Tensor, text: Tensor, frame: Tensor) -> T
     return family.predict(x, t, text if text.is_floating_point() else family.states(text), frame)
 
 
-def update(learner: Learner, step: int, train: Train, accelerator: Accelerator, loss: Tensor) -> Tensor:
+def update(learner: Learner, loss: Tensor) -> Tensor:
     """Clip and step one learner, unless something is not finite: then nothing of it moves. Returns the flag."""
-    accelerator.unscale_gradients(learner.optimizer)
-    norm = nn.utils.clip_grad_norm_(learner.params.values(), train.clip_norm)
+    scaler = learner.optimizer.scaler
+    if scaler is not None:
+        scaler.unscale_(learner.optimizer.optimizer)
+    norm = nn.utils.clip_grad_norm_(learner.params.values(), learner.train.clip_norm)
     finite: Tensor = loss.isfinite() & norm.isfinite()
-    if accelerator.scaler is None:
+    if scaler is None:
         learner.optimizer.optimizer.mask(finite)
     else:  # the gradient scaler sets the mask itself: it tries scales until gradients overflow, which is no fault
         finite = loss.isfinite()
-    set_rate(learner.optimizer, rate(step, train))
+    set_rate(learner.optimizer, rate(learner.step, learner.train))
     learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
     for name, average in learner.ema.items():
-        average.lerp_(learner.params[name].detach(), (1 - train.ema) * finite.to(average.dtype))
+        average.lerp_(learner.params[name].detach(), (1 - learner.train.ema) * finite.to(average.dtype))
     return finite

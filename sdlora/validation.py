@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdlora.family import Family
 from sdlora.randomness import normal
-from sdlora.train import Setup, said
+from sdlora.train import Goal, Setup, said
 
 TIMES = 8
 """Timesteps that each picture is noised to, evenly spread over the schedule."""
@@ -27,25 +28,26 @@ class HeldOut:
 @torch.no_grad()
 def loss(setup: Setup, slot: int, pictures: Sequence[HeldOut], strength: float = 1.0) -> float:
     """Mean squared error, unweighted, of the adapter at a strength (0: the base) over all pictures and timesteps."""
-    total, before = 0.0, setup.bank.route
-    setup.bank.use({setup.learners[slot].name: strength})
+    total, before, learner = 0.0, setup.bank.route, setup.learners[slot]
+    at_once = setup.fitting(learner.train.batch_size or 1)  # its own, so that company does not change the figure
+    setup.bank.use({learner.name: strength})
     try:
         for shape in dict.fromkeys(one.latents.shape for one in pictures):
             rows = [(one, i) for one in pictures if one.latents.shape == shape for i in range(TIMES)]
-            for start in range(0, len(rows), setup.at_once):
-                total += float(_errors(setup, rows[start : start + setup.at_once]).sum())
+            for start in range(0, len(rows), at_once):
+                total += float(_errors(setup.family, learner.goal, rows[start : start + at_once]).sum())
     finally:
         setup.bank.route = before
     return total / (len(pictures) * TIMES)
 
 
-def _errors(setup: Setup, rows: Sequence[tuple[HeldOut, int]]) -> Tensor:
+def _errors(family: Family, goal: Goal, rows: Sequence[tuple[HeldOut, int]]) -> Tensor:
     """(B,) mean squared error of each picture at one of its timesteps."""
-    device, family = setup.family.device, setup.family
+    device = family.device
     latents = torch.stack([one.latents for one, _ in rows]).to(device)
     noise = torch.stack([normal(tuple(one.latents.shape), 0, f"validation/{one.digest}", i) for one, i in rows]).to(device)
     uniform = torch.tensor([(i + 0.5) / TIMES for _, i in rows], device=device)
-    noised = setup.goal.noise(latents, noise, uniform, family.alphas_cumprod, setup.goal.config)
+    noised = goal.noise(latents, noise, uniform, family.alphas_cumprod, goal.config)
     text, frame = (torch.stack([getattr(one, name) for one, _ in rows]).to(device) for name in ("tokens", "frame"))
     predicted = said(family, noised.x, noised.t, text, frame).to(noised.target.dtype)
     return (predicted - noised.target).square().mean((1, 2, 3))

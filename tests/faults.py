@@ -272,7 +272,7 @@ class Outcome:
 def new_learner() -> Learner:
     params = {name: nn.Parameter(torch.linspace(-1, 1, size)) for name, size in (("up", 6), ("down", 4))}
     optimizer: Any = adamw.new(groups([(params, 0.05)]), adamw.Config())
-    return Learner("mira", None, params, optimizer)  # type: ignore[arg-type]
+    return Learner("mira", None, params, optimizer, None, None)  # type: ignore[arg-type]
 
 
 def advance(learner: Learner, step: int) -> None:

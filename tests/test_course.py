@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from test_resume import differences, pack, told
 
-from sdlora import api, course, diagnose, estimate, events, job, lock, safeio, state, train, validation
+from sdlora import api, cast, course, diagnose, estimate, events, job, lock, safeio, state, train, validation
 from sdlora.api import Event
 from sdlora.data.batches import picture_of
 from sdlora.errors import UserError
@@ -431,16 +431,16 @@ def test_no_checkpoint_holds_a_number_that_is_not_finite(
     squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, out = small.settled(squares, base), tmp_path / "run"
-    really = course.steps
+    really = cast.steps
 
-    def steps(setup: Any, first: int) -> Iterator[Any]:
-        for trained in really(setup, first):
+    def steps(setup: Any) -> Iterator[Any]:
+        for trained in really(setup):
             if trained.step == 4:
                 slots = next(iter(setup.learners[0].optimizer.state.values()))
                 slots["exp_avg"].view(-1)[0] = float("nan")
             yield trained
 
-    monkeypatch.setattr(course, "steps", steps)
+    monkeypatch.setattr(cast, "steps", steps)
     with pytest.raises(UserError, match=r"E-NUM-02.*optimizer"):
         go(out, run)
     assert state.steps(out) == [2]
@@ -484,7 +484,7 @@ def test_where_memory_is_scarce_a_step_is_taken_in_parts(
     scarce(monkeypatch, 1)
     stop = Stop()
     seen = go(tmp_path / "run", run, stop, lambda event: setattr(stop, "stop", event.kind == "step" and event.step == 3))
-    assert [text for text in told(seen, "warning") if "1 samples go through the network at once, not 4" in text]
+    assert [text for text in told(seen, "warning") if "only 1 samples go through the network at once" in text]
     again = go(tmp_path / "run", run)
     assert not [text for text in told(again, "warning") if "samples go through" in text], "the split is remembered"
     a, b = pack(tmp_path / "run").tensors, pack(tmp_path / "whole").tensors

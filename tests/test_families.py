@@ -122,7 +122,7 @@ def test_presets_on_xl(true_xl: dict[str, nn.Module], preset: str, count: int) -
 @pytest.mark.parametrize("kind", ["character", "style"])
 def test_usual_settings_are_complete(families: dict[str, Path], studios: dict[str, Studio], pictures: Path, name: str, kind: str) -> None:
     run = api.settle({"base": str(families[name]), "kind": kind, "name": "mira", "data": {"folder": str(pictures)}})
-    parts = [dotted.partition(".")[0] for dotted in learners.sites(run, studios[name].family)]
+    parts = [dotted.partition(".")[0] for dotted in learners.pieces(run, studios[name].family)]
     assert run.train.lr == 1e-4
     assert parts.count("unet") == {"sd2character": 64, "sd2style": 128}.get(name + kind, 8 * (2 + 4 + 2 + 6 + 3))
     assert parts.count("text_encoder") == (18 if name == "sd2" else 0), "the encoders of XL are left alone"

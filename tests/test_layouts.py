@@ -247,7 +247,7 @@ def test_a_weight_is_a_factor_on_the_loss(base: Path, loaded: Family, tmp_path: 
     for weight in (1.0, 2.5):
         _, learner = drawn([{"folder": str(tmp_path / "x"), "weight": weight}], base, loaded, tmp_path)
         (batch,) = micro_batch([learner], range(2))
-        losses[weight] = train.sample_losses(loaded, bank, batch, train.Goal(objective.noise, settled.objective), 1)
+        losses[weight] = train.sample_losses(loaded, bank, batch, [train.Goal(objective.noise, settled.objective)])
     torch.testing.assert_close(losses[2.5], 2.5 * losses[1.0], rtol=1e-6, atol=0)
 
 

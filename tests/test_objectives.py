@@ -249,7 +249,7 @@ def test_every_setting_of_an_objective_changes_the_loss(name: str, squares: Path
         run = usual.model_copy(update={"objective": module.Config(**settings)})
         data = learners.prepared(learners.Job(run, loaded.base, tmp_path, 0.0, dataset, ["text_encoder.x"]), loaded, latents)
         (batch,) = micro_batch([data], range(3))
-        return train.sample_losses(loaded, Bank(loaded.components), batch, train.Goal(module.noise, learners.noising(run)), 1).tolist()  # type: ignore[no-any-return]
+        return train.sample_losses(loaded, Bank(loaded.components), batch, [train.Goal(module.noise, learners.noising(run))]).tolist()  # type: ignore[no-any-return]
 
     assert losses({}) == losses({}), "the control"
     for setting in module.Config.model_fields.keys() - {"kind"}:

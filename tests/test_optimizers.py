@@ -31,7 +31,7 @@ def learner(name: str, lr: float = 0.0, **settings: Any) -> Learner:
     params = {dotted: nn.Parameter(small.numbers(size)) for dotted, size in SIZES.items()}
     own = module.new(groups([({dotted: parameter}, lr) for dotted, parameter in params.items()]), module.Config(**settings))
     accelerator, _ = devices.for_training("fp32")
-    return Learner("mira", None, params, accelerator.prepare(own))  # type: ignore[arg-type]
+    return Learner("mira", None, params, accelerator.prepare(own), None, None)  # type: ignore[arg-type]
 
 
 def advance(one: Learner, steps: range, broken: tuple[int, ...] = ()) -> dict[str, Tensor]:

@@ -15,9 +15,9 @@ LAYERS = [
     "adapter", "lowrank", "source", "ldm", "family", "latent_diffusion", "objective", "optimizer", "captioner",
     "families", "adapters", "objectives", "optimizers", "captioners",
     "devices", "data", "generate", "schedule", "packs", "pictures", "score",
-    "record", "charts", "report", "trackers",
+    "record", "charts", "plots", "report", "trackers",
     "train", "state", "validation", "diagnose", "studio", "preview", "priors", "estimate",
-    "course", "learners", "job", "api", "terminal", "verbs", "cli",
+    "course", "learners", "job", "cast", "api", "terminal", "verbs", "cli",
 ]  # fmt: skip
 """Bottom up; a module imports only from modules before its own."""
 CHOICES = ("families", "adapters", "objectives", "optimizers", "captioners")

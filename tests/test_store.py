@@ -276,7 +276,7 @@ def prepare(folder: Path, base: Path, out: Path, made: list[str], **changes: Any
     kept = store.usual(out)
     dataset = ledger.fit_dataset(ledger.read_dataset(run, out, kept), run, loaded)
     latents = cache.latents(dataset.account.used, dataset.variants, "white", loaded, kept)
-    one = learners.Job(run, loaded.base, out, 0.0, dataset, learners.sites(run, loaded), kept)
+    one = learners.Job(run, loaded.base, out, 0.0, dataset, learners.pieces(run, loaded), kept)
     text = learners.prepared(one, loaded, latents).text
     return "".join(made), [*(part for some in latents for pair in some for part in pair), text]
 

@@ -90,10 +90,15 @@ def shown(pool: Sequence[int], variants: Sequence[int], seed: int, prior_share: 
 
 def micro_batch(learners: Sequence[Prepared], numbers: range) -> Iterator[Batch]:
     """The samples of these numbers of every learner, grouped by shape."""
-    samples = [(slot, number) for slot in range(len(learners)) for number in numbers]
+    return grouped(learners, [(slot, number) for slot in range(len(learners)) for number in numbers])
+
+
+def grouped(learners: Sequence[Prepared], samples: Sequence[tuple[int, int]]) -> Iterator[Batch]:
+    """Samples, each the (slot, number) of its learner, as batches of one shape: of the latents, and of what the network is told."""
     drawn = [_draw(learners[slot], slot, number) for slot, number in samples]
-    for shape in dict.fromkeys(row.latents.shape for row in drawn):
-        rows = [row for row in drawn if row.latents.shape == shape]
+    kinds = [(row.latents.shape, row.text.shape, row.text.dtype) for row in drawn]
+    for kind in dict.fromkeys(kinds):
+        rows = [row for row, own in zip(drawn, kinds, strict=True) if own == kind]
         yield Batch(**{one.name: torch.stack([getattr(row, one.name) for row in rows]) for one in fields(Batch)})
 
 
