@@ -19,7 +19,9 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dino")
     torch.manual_seed(0)
-    Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)).save_pretrained(folder)
+    Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)).save_pretrained(
+        folder
+    )
     CLIPImageProcessor().save_pretrained(folder)
     return folder
 
@@ -79,7 +81,7 @@ def test_eyes_are_named_and_none_is_fetched_unasked(studio: api.Studio, tmp_path
         eyes.opened(str(tmp_path), studio.family)
     config = json.loads((dino / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "vit"}))
-    with pytest.raises(UserError, match="E-EYES-03.*vit"):
+    with pytest.raises(UserError, match=r"E-EYES-03.*vit"):
         eyes.opened(str(tmp_path), studio.family)
 
 

@@ -14,10 +14,10 @@ LAYERS = [
     "errors", "lookup", "settings", "randomness", "safeio", "lock", "stop", "events", "hub", "defaults", "config",
     "adapter", "lowrank", "source", "ldm", "family", "latent_diffusion", "objective", "optimizer", "captioner",
     "families", "adapters", "objectives", "optimizers", "captioners",
-    "devices", "data", "generate", "schedule", "packs", "pictures", "score",
+    "devices", "data", "generate", "schedule", "packs", "pictures", "score", "eyes", "measures",
     "record", "charts", "plots", "report", "trackers",
-    "train", "state", "validation", "diagnose", "studio", "preview", "priors", "estimate",
-    "course", "learners", "job", "cast", "api", "terminal", "verbs", "cli",
+    "train", "state", "validation", "diagnose", "studio", "judge", "preview", "priors", "estimate",
+    "course", "learners", "best", "job", "cast", "api", "terminal", "verbs", "cli",
 ]  # fmt: skip
 """Bottom up; a module imports only from modules before its own."""
 CHOICES = ("families", "adapters", "objectives", "optimizers", "captioners")
