@@ -65,7 +65,8 @@ class Judged:
     def table(self) -> dict[str, Any]:
         own = asdict(self)
         del own["places"]
-        return {key: round(value, 4) if isinstance(value, float) else value for key, value in own.items()}
+        told = {key: None if value != value else value for key, value in own.items()}  # not a number: it could not be measured
+        return {key: round(value, 4) if isinstance(value, float) else value for key, value in told.items()}
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
 """The judge on pictures of small random bases: what it reports, what it chooses, and what it refuses to tell apart."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import small
 import torch
 from small import new_tokenizer, numbers, random_pack
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
-from sdlora import api, eyes, measures
+from sdlora import api, best, eyes, family, measures, settings, state
 from sdlora.errors import UserError
 from sdlora.judge import Judge, Questions, Truth
 
@@ -119,3 +121,58 @@ def test_without_pictures_held_out_it_says_so(studio: api.Studio, clip: Path) ->
     assert "trained on" in judge.verdict().against
     assert -1 <= judge.rows[0].following <= 1
     assert measures.centred(judge.seen, judge.centre).shape == (6, 12)
+
+
+@pytest.fixture(scope="module")
+def run(squares: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "mira"
+    settled = small.settled(squares, base, validation__share=0.4, train__ema=0.5, data__prior_prompts=["a cat", "a house"])
+    assert [*api.train(settled, out)][-1].kind == "done"
+    return out
+
+
+ASKING = api.Asking(scales=(0.5, 1.0), prompts=2, seeds=1, steps=2, eyes="base")
+
+
+def test_a_checkpoint_is_judged_as_the_pack_that_it_would_have_become(run: Path) -> None:
+    """Average and all: the last checkpoint's pack is the run's own, bit for bit."""
+    settled = api.settle(settings.read(run / "config.toml"))
+    found = best.checkpoints(settled, family.find(settled.base), run, 2)
+    assert [*found] == [2, 6]
+    own = api.open_pack(run / "mira.safetensors").tensors
+    assert own.keys() == found[6].tensors.keys()
+    assert all(torch.equal(own[key], tensor) for key, tensor in found[6].tensors.items())
+    assert any(not torch.equal(own[key], tensor) for key, tensor in found[2].tensors.items())
+
+
+def test_a_run_is_judged_and_left_as_it_is(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, copy := tmp_path / "mira")
+    broken = state.folder(copy, 4) / "adapter.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1] + b"\x00\x01")
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and "cache" not in path.parts}
+    events = [*api.find_best(copy, ASKING)]
+    assert {path: path.read_bytes() for path in before} == before, "a damaged checkpoint is passed over, not set aside"
+    table = json.loads((copy / "score" / "score.json").read_text())
+    assert events[-1].data == table
+    assert table["rows"][0]["diversity"] is None, "of one seed there is none"
+    assert [(row["name"], row["scale"]) for row in table["rows"]] == [
+        ("base", 0.0), ("step 2", 0.5), ("step 2", 1.0), ("step 6", 0.5), ("step 6", 1.0),
+    ]  # fmt: skip
+    assert table["likeness_to"] == "pictures held out"
+    assert {path.name for path in (copy / "score").glob("*.*")} == {"score.json", "grid.png", "front.png"}
+
+
+def test_a_pack_is_judged_by_a_folder(run: Path, squares: Path, tmp_path: Path) -> None:
+    pack = run / "mira.safetensors"
+    with pytest.raises(UserError, match="E-BEST-01"):
+        api.find_best(pack, ASKING)
+    base = settings.read(run / "config.toml")["base"]
+    events = [*api.find_best(pack, ASKING, str(squares), base, tmp_path / "out")]
+    assert "trained on" in events[-1].data["likeness_to"]
+    assert [row["step"] for row in events[-1].data["rows"]] == [0, 6, 6]
+
+
+def test_a_run_without_a_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, copy := tmp_path / "mira", ignore=shutil.ignore_patterns("checkpoints"))
+    with pytest.raises(UserError, match="E-RUN-08"):
+        api.find_best(copy, ASKING)

@@ -48,7 +48,8 @@ def best(
         for row in table["rows"]:
             score = f"{row['score']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
             cells = (row["name"], f"{row['scale']:g}", f"{row['likeness']:.3f}", f"{row['drift']:.3f}", score)
-            rows.add_row(*cells, f"{row['copied']:.0%}", f"{row['following']:.2f}")
+            copied = "" if row["copied"] is None else f"{row['copied']:.0%}"
+            rows.add_row(*cells, copied, f"{row['following']:.2f}")
         console().print(rows)
         say(f"seen by {table['eyes']}; likeness to {table['likeness_to']}")
         say(table["words"])
