@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 
 from sdlora import hub, score
@@ -48,8 +49,6 @@ class Transformer(Eyes):
     """DINOv2 (Oquab et al. 2023) or CLIP (Radford et al. 2021): the class token, or the projected one."""
 
     def __init__(self, name: str, folder: Path, device: torch.device) -> None:
-        import transformers
-
         self.name, self.device = name, device
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         kinds: dict[str, Any] = {"dinov2": transformers.Dinov2Model, "clip": transformers.CLIPModel}
