@@ -14,6 +14,7 @@ from PIL import Image
 
 from sdlora import (
     average,
+    best,
     cast,
     config,
     devices,
@@ -31,6 +32,7 @@ from sdlora import (
     sharing,
 )
 from sdlora import sweep as sweeping
+from sdlora.best import Asking
 from sdlora.config import Run
 from sdlora.data import captioning, edits, ledger, page, store
 from sdlora.data.captioning import Captioning
@@ -49,6 +51,7 @@ from sdlora.studio import Studio, parse_pack, parse_scale
 
 __all__ = [
     "Applied",
+    "Asking",
     "Captioning",
     "Edit",
     "Event",
@@ -73,6 +76,7 @@ __all__ = [
     "edit_captions",
     "edit_pack",
     "events",
+    "find_best",
     "find_dimension",
     "find_rate",
     "grid",
@@ -324,6 +328,31 @@ def grid(studio: Studio, recipes: Sequence[Recipe], scales: Sequence[float]) -> 
     rows = studio.strips(recipes, studio.packs, scales)
     labels = [f"{recipe.prompt} · seed {recipe.seed}" for recipe in recipes]
     return pictures.sheet(rows, labels, ["base", *(f"scale {scale:g}" for scale in scales)], " + ".join(studio.packs))
+
+
+def find_best(source: Path, asking: Asking, data: str = "", base: str = "", out: Path | None = None) -> Iterator[Event]:
+    """Judge a run's checkpoints, or a pack by a folder of pictures; the last event is `done`, and its data the verdict.
+
+    `score.json`, `grid.png` and `front.png` are written into `out`, by default `score` beside what is judged.
+    """
+    if source.is_dir():
+        run = settle(_based(settings.read(source / "config.toml"), base), source / "config.toml")
+        found = learners.base_of(run)
+        return best.find(run, found, best.checkpoints(run, found, source, asking.most), asking, out or source / "score")
+    pack = open_pack(source)
+    if not data:
+        raise UserError(
+            "E-BEST-01", "a pack does not know its pictures", source, "name their folder with --data, or judge the run's folder"
+        )
+    table = {"name": pack.name, "trigger": pack.trigger, "kind": pack.metadata.get("sdlora.kind", "character"), "data": {"folder": data}}
+    run = settle(_based({**table, "base": pack.base or "tiny"}, base))
+    steps = pack.metadata.get("ss_steps", "0")
+    candidates = {int(steps) if steps.isdigit() else 0: pack}
+    return best.find(run, learners.base_of(run), candidates, asking, out or source.with_name(f"{source.stem}-score"))
+
+
+def _based(table: dict[str, Any], base: str) -> dict[str, Any]:
+    return {**table, "base": base} if base else table
 
 
 def edit_captions(folder: Path, edit: Edit, write: bool) -> list[edits.Change]:

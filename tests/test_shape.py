@@ -14,10 +14,10 @@ LAYERS = [
     "errors", "lookup", "settings", "randomness", "safeio", "lock", "stop", "events", "hub", "defaults", "config",
     "adapter", "lowrank", "source", "original", "ldm", "vae", "family", "latent_diffusion", "objective", "optimizer", "captioner",
     "families", "adapters", "objectives", "optimizers", "captioners",
-    "devices", "data", "probe", "generate", "schedule", "packs", "pictures", "score",
+    "devices", "data", "probe", "generate", "schedule", "packs", "pictures", "score", "eyes", "measures",
     "record", "charts", "plots", "report", "trackers",
-    "train", "state", "validation", "diagnose", "studio", "preview", "priors", "estimate",
-    "course", "learners", "export", "job", "search", "average", "cast", "sweep", "sharing", "api", "terminal", "verbs", "cli",
+    "train", "state", "validation", "diagnose", "studio", "judge", "preview", "priors", "estimate",
+    "course", "learners", "best", "export", "job", "search", "average", "cast", "sweep", "sharing", "api", "terminal", "verbs", "cli",
 ]  # fmt: skip
 """Bottom up; a module imports only from modules before its own."""
 CHOICES = ("families", "adapters", "objectives", "optimizers", "captioners")
