@@ -4,16 +4,17 @@ for event in api.train(api.settle({"data": {"folder": "my-pictures"}, "name": "m
     print(event)
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 
-from sdlora import config, estimate, family, job, learners, lookup, pictures, priors, record, safeio, settings
-from sdlora.config import Run
-from sdlora.data import captioning, edits, ledger, page, store
+from sdlora import config, estimate, family, job, learners, lookup, pictures, priors, queue, record, report, safeio, settings, stop
+from sdlora.config import Run, Setting
+from sdlora.data import captioning, doctor, edits, ledger, page, pixels, reasons, store, unzip
 from sdlora.data.captioning import Captioning
 from sdlora.data.edits import Edit
 from sdlora.errors import UserError
@@ -21,6 +22,7 @@ from sdlora.events import Event
 from sdlora.generate import Recipe
 from sdlora.packs import file
 from sdlora.packs.file import Pack
+from sdlora.queue import Entry
 from sdlora.record import Record
 from sdlora.settings import override
 from sdlora.stop import Stop
@@ -29,18 +31,27 @@ from sdlora.studio import Studio, parse_pack, parse_scale
 __all__ = [
     "Captioning",
     "Edit",
+    "Entry",
     "Event",
     "Pack",
     "Recipe",
     "Record",
     "Run",
+    "Setting",
     "Stop",
     "Studio",
     "UserError",
+    "ask",
     "caption_folder",
+    "captioners",
+    "captions",
     "check",
+    "curves",
+    "described",
     "edit_captions",
+    "enqueue",
     "events",
+    "free_memory",
     "grid",
     "inspect_base",
     "open_pack",
@@ -48,14 +59,25 @@ __all__ = [
     "override",
     "parse_pack",
     "parse_scale",
+    "put_captions",
+    "queued",
+    "read_picture",
     "read_settings",
+    "remove",
+    "rename",
     "runs",
+    "save_bytes",
     "save_picture",
     "save_sheet",
     "save_text",
     "settings_text",
     "settle",
+    "start_queue",
+    "take_out",
     "train",
+    "undo_captions",
+    "unpack",
+    "why",
 ]
 
 
@@ -98,6 +120,38 @@ def events(run: Path, since: int = 0) -> tuple[list[dict[str, Any]], int]:
     return record.events(run, since)
 
 
+def curves(run: Path) -> str:
+    """The loss of a run, and that on pictures held out, as HTML with an SVG in it; empty before there is any."""
+    return report.curves(run)
+
+
+def ask(run: Path, what: str) -> None:
+    """Ask a run to `stop` (it saves first), to `save`, or to `sample`: to draw its preview at once."""
+    stop.ask(run, what)
+
+
+def enqueue(root: Path, run: Run, out: Path) -> str:
+    """Let a settled run wait for its turn; the process that trains is started, if none is there. Returns the id in the queue."""
+    name = queue.add(root, config.to_toml(run), out)
+    queue.start(root)
+    return name
+
+
+def queued(root: Path) -> list[Entry]:
+    """The runs that wait or failed to begin, in their order."""
+    return queue.entries(root)
+
+
+def start_queue(root: Path) -> bool:
+    """Start the process that trains what waits, if it is needed and not there; true if it was started."""
+    return queue.start(root)
+
+
+def take_out(root: Path, id: str) -> None:
+    """Take a run that waits or failed out of the queue."""
+    queue.take_out(root, id)
+
+
 def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:
     """What a run with these settings would do with every picture, as `ledger.json` has it; and that as a web page, made when called.
 
@@ -113,6 +167,16 @@ def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:
     account = dataset.account
     items = [(account.name(item.path), item) for item in account.used]
     return table, lambda: page.page(f"The pictures of {run.name}", table, items, run.data.ground)
+
+
+def why(code: str) -> str:
+    """What a code of the ledger means, and what to do about it."""
+    return {**doctor.REASONS, **reasons.REASONS}.get(code, code)
+
+
+def described() -> list[Setting]:
+    """Every setting, as a form must know it."""
+    return list(config.described())
 
 
 def inspect_base(name: str) -> dict[str, Any]:
@@ -157,6 +221,39 @@ def check_png(path: Path) -> None:
         raise UserError("E-GEN-07", "pictures are written as PNG, which carries the recipe", path, "let --out end in .png")
 
 
+def save_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    safeio.write(path, content)
+
+
+def rename(path: Path, new: Path) -> None:
+    """Give a file another name in the same folder."""
+    safeio.rename(path, new)
+
+
+def remove(path: Path) -> None:
+    """Take a file or a folder away."""
+    safeio.remove(path)
+
+
+def unpack(archive: Path, into: Path) -> Path:
+    """The folder below `into` with what a ZIP holds. Raises `UserError` if any of it could do harm."""
+    return unzip.unzip(archive, into)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture upright in sRGB, on white; `UserError` if it cannot be read."""
+    try:
+        return pixels.read_picture(path)
+    except pixels.UnreadableError as error:
+        raise UserError("E-DATA-03", f"this picture cannot be read: {error}", path, "mend or remove it") from None
+
+
+def free_memory() -> None:
+    """Give back what is no longer used, on the device too."""
+    clear_device_cache(garbage_collection=True)
+
+
 def grid(studio: Studio, recipes: Sequence[Recipe], scales: Sequence[float]) -> Image.Image:
     """A labelled sheet: a row for each recipe, a column for the base and for each scale of all the studio's packs."""
     rows = studio.strips(recipes, studio.packs, scales)
@@ -170,6 +267,26 @@ def edit_captions(folder: Path, edit: Edit, write: bool) -> list[edits.Change]:
     if write:
         edits.apply(changes)
     return changes
+
+
+def undo_captions(changes: Sequence[edits.Change]) -> None:
+    """Take an edit back. Raises `UserError` if one of its files has changed since."""
+    edits.apply([(path, after, before) for path, before, after in changes])
+
+
+def captions(folder: Path) -> list[tuple[Path, str]]:
+    """Every picture of a folder, and its caption or an empty text."""
+    return captioning.read(folder)
+
+
+def put_captions(folder: Path, said: Mapping[Path, str]) -> None:
+    """Write captions that were typed, each where a sample finds it."""
+    captioning.put(folder, said)
+
+
+def captioners() -> list[str]:
+    """The names of what can write captions."""
+    return lookup.names("captioners")
 
 
 def caption_folder(folder: Path, how: Captioning) -> tuple[int, Iterator[captioning.Written]]:

@@ -15,7 +15,7 @@ LAYERS = [
     "adapter", "lowrank", "source", "ldm", "family", "latent_diffusion", "objective", "optimizer", "captioner",
     "families", "adapters", "objectives", "optimizers", "captioners",
     "devices", "data", "generate", "schedule", "packs", "pictures", "score",
-    "record", "charts", "report", "trackers",
+    "record", "queue", "charts", "report", "trackers",
     "train", "state", "validation", "diagnose", "studio", "preview", "priors", "estimate",
     "course", "learners", "job", "api", "terminal", "verbs", "cli",
 ]  # fmt: skip

@@ -105,3 +105,13 @@ def checked(run: Path) -> None:
 def told(event: dict[str, Any]) -> Any:
     """A line of the log in the form that the terminal shows."""
     return SimpleNamespace(**event)
+
+
+@app.command()
+def queue(root: Annotated[Path, typer.Argument(help="folder of the runs, with a folder `queue`", metavar="DIR")] = Path("runs")) -> None:
+    """Train the runs that wait, one after another, until none does. The web page starts this by itself."""
+    with shown_errors():
+        from sdlora import queue
+
+        for name, what in queue.work(root):
+            say(f"{name}: {what}")
