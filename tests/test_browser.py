@@ -31,9 +31,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     train(root, "mira", steps=3)
     (root / "broken.safetensors").write_bytes(b"no pack at all")
     os.utime(root / "broken.safetensors", (0, 0))
-    demo = app.build(root)
-    yield app.launch(demo, app.free_port(0))
-    demo.close(verbose=False)
+    served = app.launch(root, app.free_port(0))
+    yield served.url
+    served.close()
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,7 @@ def page(url: str, browser: Browser) -> Iterator[Page]:
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(url)
+    page.get_by_role("tab", name="Studio").click()
     expect(page.locator("#prompt textarea")).to_have_value("mira", timeout=WAIT_MS)
     page.locator("#steps input[type=range]").fill("3")
     yield page

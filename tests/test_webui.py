@@ -15,6 +15,7 @@ from sdlora import api
 from sdlora.api import Pack, UserError
 from webui import app
 from webui.easel import NONE, STRIP, Easel, Subject, Wish, base_of, command, sizes
+from webui.links import Links
 from webui.recent import Recent
 from webui.shelf import Found, Shelf
 from webui.studio import Page, called
@@ -156,7 +157,7 @@ def test_a_port_is_had_or_named() -> None:
 def test_the_page_is_built_without_any_pack_and_calls_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "intranet")
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
-    demo = app.build(tmp_path / "missing")
+    demo = app.build(app.new_house(tmp_path / "missing", tmp_path))
     assert isinstance(demo, gr.Blocks)
     assert not demo.analytics_enabled
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
@@ -165,7 +166,7 @@ def test_the_page_is_built_without_any_pack_and_calls_nobody(tmp_path: Path, mon
 
 def test_a_bad_pack_is_an_error_in_the_users_words(easel: Easel) -> None:
     with gr.Blocks() as demo:
-        page = Page(easel, demo)
+        page = Page(easel, demo, Links())
     values = {page.chosen: None, page.drawn: False}
     values |= {control: getattr(WISH, name) for name, control in page.controls.items()}
     values[page.controls["pack"]] = "<b>broken.safetensors"

@@ -18,9 +18,8 @@ if TYPE_CHECKING:  # the libraries read the environment when they are imported: 
     from webui.login import Login
 
 HOST = "127.0.0.1"
+LOCAL = (HOST, "localhost", "::1")
 PORTS = range(7860, 7960)
-TEXTS = {"/page.js": "text/javascript", "/page.css": "text/css"}
-HERE = Path(__file__).parent
 
 
 @dataclass
@@ -44,7 +43,7 @@ def serve(port: int, data_root: Path, listen: str = "", password_file: Path | No
     from webui.login import Login, password_of
 
     login = None
-    if listen and listen not in (HOST, "localhost", "::1"):
+    if listen and listen not in LOCAL:
         password, is_new = password_of(password_file)
         login = Login.with_password(password)
         if is_new:
@@ -63,8 +62,12 @@ def serve(port: int, data_root: Path, listen: str = "", password_file: Path | No
 
 
 def launch(data_root: Path, port: int, host: str = HOST, login: "Login | None" = None) -> Served:
-    """Start serving in the background."""
+    """Start serving in the background. Raises `UserError` where others could come in without a password."""
     keep_local()
+    from sdlora.api import UserError
+
+    if host not in LOCAL and login is None:
+        raise UserError("E-UI-16", "others on the network could use this page without a password", host, "leave --listen out, or give one")
     folder = tempfile.TemporaryDirectory(prefix="sdlora-ui-")
     os.environ["GRADIO_TEMP_DIR"] = folder.name  # the usual place is shared by all users of the machine, and stays
     import uvicorn

@@ -18,7 +18,8 @@ TUNE = (
 """Those of the middle depth, in the order in which they are read."""
 TABLES = {"": "The run", "data": "Pictures and captions", "adapter": "Adapter", "objective": "Objective", "optimizer": "Optimizer",
           "train": "Training", "validation": "Validation", "preview": "Previews"}  # fmt: skip
-UNITS = {"_px": "pixels", "_share": "share of 1", "_steps": "steps", "_lr": "rate", "every": "steps"}
+UNITS = {"_px": "in pixels", "_share": "as a share of 1", "_steps": "in steps", "_every": "in steps"}
+WORDS = {"lr": "learning rate", "px": "", "kind": "kind", "ema": "moving average of the weights"}
 AS_USUAL = "as usual"
 
 
@@ -76,9 +77,9 @@ class Form:
 
     def _control(self, key: str) -> None:
         one = self.settings[key]
-        label = one.name + (f" ({one.owner})" if one.owner else "")
-        unit = next((unit for ending, unit in UNITS.items() if one.name.endswith(ending)), "")
-        info = one.reason + (f" [{unit}]" if unit else "")
+        label = called(one)
+        unit = next((f", {unit}" for ending, unit in UNITS.items() if one.name.endswith(ending)), "")
+        info = f"{one.reason} ({one.name}{unit})"
         if one.choices or one.is_switch:
             options = one.choices or ("true", "false")
             made: Any = gr.Dropdown([(AS_USUAL, ""), *((option, option) for option in options)], value="", label=label, info=info)
@@ -93,6 +94,15 @@ class Form:
 
 def key_of(one: Setting) -> str:
     return f"{one.name}@{one.owner}" if one.owner else one.name
+
+
+def called(one: Setting) -> str:
+    """A setting's name in plain words."""
+    words = [WORDS.get(word, word) for word in one.name.rpartition(".")[2].split("_")]
+    if words == ["kind"]:
+        words = [f"kind of {table_of(one)}"]
+    said = " ".join(word for word in words if word).capitalize()
+    return f"{said} ({one.owner})" if one.owner else said
 
 
 def table_of(one: Setting) -> str:

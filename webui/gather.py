@@ -1,13 +1,12 @@
 """The screens Home and Pictures: begin a project, bring its pictures, and see what becomes of each."""
 
 import shlex
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
 
-from webui.house import HIDDEN, PRIVATE, House, Values, command_line, part, toasts
+from webui.house import HIDDEN, PRIVATE, House, Values, brought, command_line, part, toasts
 from webui.projects import SAMPLE
 
 LEAD = '<p class="lead">Teach Stable Diffusion a character or a style from a folder of pictures, and see it work.</p>'
@@ -96,8 +95,8 @@ class Gather:
         return {self.cards: part(f"/live/pictures/{quote(project.name)}")}
 
     def _bring(self, values: Values, files: Any) -> Values:
-        paths = [Path(str(path)) for path in files or []]
         with toasts():
+            paths = [brought(path, self.house.easel.folder.parent) for path in files or []]
             project = self.house.projects.find(values[self.project] or "")
             self.house.projects.bring_files(project, paths)
             project.look()

@@ -1,9 +1,11 @@
 """What all screens share: the projects on the disk, the bases in memory, and how an error is shown."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import gradio as gr
@@ -37,6 +39,14 @@ def toasts() -> Iterator[None]:
         yield
     except UserError as error:
         raise gr.Error(escape(str(error)), duration=15, print_exception=False) from None
+
+
+def brought(path: object, uploads: Path) -> Path:
+    """A file that was uploaded. Raises `UserError` for any other that a request may name."""
+    place = Path(os.path.realpath(str(path)))
+    if not place.is_relative_to(os.path.realpath(uploads)):
+        raise UserError("E-UI-06", "this is no file that was uploaded", place.name, "upload it")
+    return place
 
 
 def part(address: str) -> str:

@@ -125,7 +125,8 @@ class Live:
         loss = f" · loss {one.loss:.4f}" if one.loss is not None else ""
         news = [event["text"] for event in events if event["kind"] in NEWS][-MOST_NEWS:]
         notes = "".join(f"<li>{escape(text)}</li>" for text in news)
-        learnt = next((event["text"] for event in reversed(events) if "distance_adapter" in event["data"]), "")
+        told = [event["text"] for event in events if event["kind"] == "note" and "distance_adapter" in event["data"]]
+        learnt = told[-1] if told else ""
         return (
             f'<div class="head"><h3>{escape(one.name)}</h3><span class="badge {one.state}">{STATES[one.state]}</span></div>'
             f'<progress max="1" value="{share:.4f}" aria-label="steps done"></progress>'

@@ -87,5 +87,5 @@ def _unless_known(request: Request, html: str) -> Response:
     """The part, or a word that it is as it was."""
     tag = f'"{hashlib.blake2b(html.encode("utf-8", "replace"), digest_size=12).hexdigest()}"'
     if request.headers.get("if-none-match") == tag:
-        return Response(status_code=304, headers={"etag": tag})
+        return Response(status_code=204, headers={"etag": tag})
     return Response(html.encode("utf-8", "replace"), media_type="text/html", headers={"etag": tag, "cache-control": "no-store"})

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdlora.api import UserError
 from webui.easel import NONE, SCALES, STRIP, Choice, Easel, Pair, Wish
-from webui.house import PRIVATE, Values, toasts
+from webui.house import PRIVATE, Values, brought, toasts
 from webui.links import Links
 
 SNAPS = (-1, 0, 0.5, 1, 1.5, 2)
@@ -76,7 +76,7 @@ class Page:
                     self.more.append(
                         (other, gr.Slider(*SCALES, 1, step=0.05, label="Its scale", elem_id=f"scale-{number + 1}", min_width=150))
                     )
-        self.restore = gr.File(label="Drop a picture here to take up its recipe", file_types=[".png"], height=90, elem_id="restore")
+        self.restore = gr.File(label="Drop a picture here to take up its recipe", file_types=[".png"], height=130, elem_id="restore")
         return {"pack": pack, "prompt": prompt, "negative": negative, "seed": seed, "steps": steps,
                 "guidance": guidance, "size": size, "scale": scale}  # fmt: skip
 
@@ -210,7 +210,7 @@ class Page:
     def take_recipe(self, values: Values) -> Values:
         """Set the controls as a picture says it was made."""
         with toasts():
-            recipe = recipe_of(Path(str(values[self.restore])))
+            recipe = recipe_of(brought(values[self.restore], self.easel.folder.parent))
         name, scale = next(iter(recipe["scales"]), ("", 0.0))
         fits = [found.id for found in self.easel.shelf.packs() if found.path.stem == name]
         told: Values = {self.restore: None, self.controls["scale"]: min(max(float(scale), SCALES[0]), SCALES[1])}
