@@ -73,7 +73,7 @@ def launch(data_root: Path, port: int, host: str = HOST, login: "Login | None" =
     import uvicorn
 
     app = behind_door(data_root, Path(folder.name), host, login)
-    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="error", ws="none", timeout_keep_alive=30))
+    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="critical", ws="none", timeout_keep_alive=30))
     thread = Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started and thread.is_alive():

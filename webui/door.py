@@ -3,6 +3,7 @@
 Everything that is not listed here is refused, whatever the libraries behind it would answer.
 """
 
+import contextlib
 import ipaddress
 import os
 import re
@@ -48,6 +49,8 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
 }
+SAVED = {"content-type": "application/octet-stream", "content-disposition": "attachment"}
+SHOWN = (b"image/png", b"image/jpeg", b"image/webp", b"image/gif")
 
 
 class TooLargeError(Exception):
@@ -73,30 +76,24 @@ class Door:
         if refusal:
             await _answer(send, *refusal)
             return
-        most = self._most(scope["path"])
-        started = False
+        left = self._most(scope["path"])
 
         async def counted() -> MutableMapping[str, Any]:
-            nonlocal most
+            nonlocal left
             message = await receive()
-            most -= len(message.get("body", b""))
-            if most < 0:
+            left -= len(message.get("body", b""))
+            if left < 0:
                 raise TooLargeError
             return message
 
         async def sealed(message: MutableMapping[str, Any]) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
-                kept = [(name, value) for name, value in message["headers"] if name.decode().lower() not in HEADERS]
-                message["headers"] = [*kept, *((name.encode(), value.encode()) for name, value in HEADERS.items())]
+                message["status"] = 413 if left < 0 else message["status"]  # whatever the application made of the error
+                message["headers"] = _sealed(message["headers"], scope["path"].startswith(FILE))
             await send(message)
 
-        try:
+        with contextlib.suppress(TooLargeError):
             await self.app(scope, counted, sealed)
-        except TooLargeError:
-            if not started:
-                await _answer(send, 413, "this is more than may be sent at once")
 
     def refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
         """Status and words where a request is refused."""
@@ -154,6 +151,14 @@ class Door:
                 except OSError:
                     continue
         return len(sizes) >= MAX_FILES or sum(sizes) >= MAX_STORED
+
+
+def _sealed(headers: list[tuple[bytes, bytes]], is_file: bool) -> list[tuple[bytes, bytes]]:
+    """An answer's headers with our own; what is no picture is something to save, and never a page."""
+    said = {name.lower(): value for name, value in headers}
+    own = HEADERS | ({} if not is_file or said.get(b"content-type", b"") in SHOWN else SAVED)
+    kept = [(name, value) for name, value in headers if name.decode("latin-1").lower() not in own]
+    return [*kept, *((name.encode(), value.encode()) for name, value in own.items())]
 
 
 def _is_own(headers: dict[str, str]) -> bool:

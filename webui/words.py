@@ -32,7 +32,8 @@ class Words:
             with gr.Column(scale=5, min_width=320):
                 self.table = gr.Dataframe(
                     headers=HEADERS, datatype=["str", "str", "number"], type="array", column_widths=["24%", "64%", "12%"],
-                    static_columns=[0, 2], interactive=True, wrap=True, max_height=560, elem_id="captions", show_search="search", max_chars=400,
+                    static_columns=[0, 2], interactive=True, wrap=True, max_height=560, elem_id="captions",
+                    show_search="search", max_chars=400,
                 )  # fmt: skip
                 self.tags = gr.HTML(elem_id="tags", padding=False)
             with gr.Column(scale=3, min_width=260):
