@@ -132,8 +132,8 @@ def build(house: "House") -> "gr.Blocks":
     from webui.calls import Calls
 
     with gr.Blocks(title="sdlora", analytics_enabled=False) as demo:
+        Calls(house)  # first: an event of the page would take its name
         Board(house, demo)
-        Calls(house)
     return demo
 
 
