@@ -35,13 +35,11 @@ class Board:
             with gr.Tab("4 Watch", id="watch") as watch:
                 self.watch = Watch(house)
             with gr.Tab("5 Studio", id="studio") as studio:
-                self.studio = Page(house.easel, page, house.links)
+                self.studio = Page(house.easel, studio.select, house.links)
         self._events(page)
         captions.select(self.words_now, {self.project}, self._of(self.words), **QUIET)
         goal.select(self.goal_now, {self.project}, self.goal.outputs(), **QUIET)
         watch.select(lambda run: self.watch.choices(before=run or ""), [self.watch.run], [self.watch.run], **QUIET)
-        lists = [self.studio.controls["pack"], *(other for other, _ in self.studio.more)]
-        studio.select(self.studio.list_packs, {*lists}, lists, **QUIET)
 
     def _events(self, page: Any) -> None:
         shown = [*self._of(self.gather), *self._of(self.words), *self.goal.outputs()]

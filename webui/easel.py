@@ -127,7 +127,19 @@ class Easel:
 
     def rest(self) -> None:
         """Give the bases' memory back, for a run that is about to begin; pictures already drawn stay."""
-        with self._drawing, self._keeping:
+        with self._drawing:
+            self._clear()
+
+    def make_room(self) -> None:
+        """The same for a run that somebody else began; not while a picture is drawn, for whoever looks asks again soon."""
+        if self._studios and self.busy() and self._drawing.acquire(blocking=False):
+            try:
+                self._clear()
+            finally:
+                self._drawing.release()
+
+    def _clear(self) -> None:
+        with self._keeping:
             self._studios.clear()
             self._seated.clear()
         api.free_memory()
@@ -166,12 +178,12 @@ class Easel:
             return pack
 
     def _studio(self, base: str) -> Studio:
+        busy = self.busy()
+        if busy:
+            what = f'the studio rests while "{busy}" is training, so that the run has the memory to itself'
+            raise UserError("E-UI-05", what, "", "ask the run for a picture on the page Watch, or pause it there")
         with self._keeping:
             if base not in self._studios:
-                busy = self.busy()
-                if busy:
-                    what = f'the studio rests while "{busy}" is training, so that the run has the memory to itself'
-                    raise UserError("E-UI-05", what, "", "ask the run for a picture on the page Watch, or pause it there")
                 self._studios[base] = api.open_studio(base=base)
             return self._studios[base]
 

@@ -1,6 +1,7 @@
 """Controls for settings, made from the settings themselves: what is new there is here without a line more."""
 
 import re
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,13 @@ TABLES = {"": "The run", "data": "Pictures and captions", "adapter": "Adapter", 
           "train": "Training", "validation": "Validation", "preview": "Previews"}  # fmt: skip
 UNITS = {"_px": "in pixels", "_share": "as a share of 1", "_steps": "in steps", "_every": "in steps"}
 WORDS = {"lr": "learning rate", "px": "", "kind": "kind", "ema": "moving average of the weights"}
+NAMES = {
+    "preview.every": "Steps between previews",
+    "preview.prompts": "Prompts of the previews",
+    "validation.share": "Share held out to measure",
+}
 AS_USUAL = "as usual"
+MOST_SHOWN = 90
 
 
 class Form:
@@ -67,7 +74,11 @@ class Form:
             value = _at(table, one.name)
             default = _at(usual, one.name) if one.owner in ("", _at(usual, f"{table_of(one)}.kind")) else one.usual
             now = "" if value is None else written(value)
-            hint = f"{AS_USUAL}: {written(default)}" if default not in (None, "", []) else AS_USUAL
+            hint = (
+                f"{AS_USUAL}: {textwrap.shorten(written(default), MOST_SHOWN, placeholder=' ...')}"
+                if default not in (None, "", [])
+                else AS_USUAL
+            )
             if one.choices or one.is_switch:
                 options = one.choices or ("true", "false")
                 shown[control] = gr.Dropdown([(hint, ""), *((option, option) for option in options)], value=now)
@@ -101,7 +112,7 @@ def called(one: Setting) -> str:
     words = [WORDS.get(word, word) for word in one.name.rpartition(".")[2].split("_")]
     if words == ["kind"]:
         words = [f"kind of {table_of(one)}"]
-    said = " ".join(word for word in words if word).capitalize()
+    said = NAMES.get(one.name, " ".join(word for word in words if word).capitalize())
     return f"{said} ({one.owner})" if one.owner else said
 
 

@@ -70,15 +70,16 @@ class Goal:
             return {}
         project = self.house.projects.find(name)
         table = project.table()
-        totals = project.ledger().get("totals", {})
+        totals, usual = project.ledger().get("totals", {}), self._usual(table)
+        steps = table.get("train", {}).get("steps") or usual.get("train", {}).get("steps")
         return {
             self.kind: table.get("kind", "character"),
             self.base: gr.Dropdown(self._bases(), value=table.get("base", "tiny")),
             self.trigger: gr.Textbox(value=table.get("trigger", ""), placeholder=name),
             self.knob: MIDDLE,
-            self.takes: live.takes(totals) if totals else "",
+            self.takes: live.takes(totals) if totals and totals["steps"] == steps else "",
             self.command: shlex.join(self._words(project)),
-            **self.form.filled(table, self._usual(table)),
+            **self.form.filled(table, usual),
         }
 
     def outputs(self) -> list[Any]:

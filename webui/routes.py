@@ -36,6 +36,7 @@ def add_routes(app: FastAPI, house: House, login: Login | None) -> None:
 
     def watch(request: Request, run: str) -> Response:
         api.start_queue(house.projects.root)
+        house.easel.make_room()
         return _unless_known(request, house.live.watch(run))
 
     def shown(token: str) -> Response:

@@ -31,7 +31,8 @@ TINY = f"<code>tiny</code> draws 64 px icons: it shows that everything works. Fo
 class Page:
     """The components of the page and what happens when they are used; made inside `gr.Blocks`."""
 
-    def __init__(self, easel: Easel, page: Any, links: Links) -> None:
+    def __init__(self, easel: Easel, opened: Any, links: Links) -> None:
+        """`opened` is the event at which the packs are listed: nothing is loaded for whoever does not come here."""
         self.easel, self.links = easel, links
         gr.HTML(TITLE, padding=False)
         with gr.Row(elem_id="columns"):
@@ -41,7 +42,7 @@ class Page:
                 self._pictures()
         self.chosen = gr.State(None)  # the `Choice` that the controls were last set to
         self.drawn = gr.State(False)  # whether there is a picture to draw again when the scale moves
-        self._events(page)
+        self._events(opened)
 
     def _controls(self) -> dict[str, Any]:
         """The left column; what is returned has a component for each field of `Wish`."""
@@ -109,7 +110,7 @@ class Page:
                 )
                 self.download = gr.DownloadButton("Download PNG", elem_id="download", interactive=False, size="md")
 
-    def _events(self, page: Any) -> None:
+    def _events(self, opened: Any) -> None:
         """Who calls what. Everything that draws waits in one line, and moves of the scale that were overtaken are skipped."""
         pack, scale = self.controls["pack"], self.controls["scale"]
         lists = [pack, *(other for other, _ in self.more)]
@@ -120,9 +121,8 @@ class Page:
         busy: dict[str, Any] = {"show_progress_on": [self.compare], **GPU, **PRIVATE}
         quiet = {**busy, "show_progress": "minimal"}
         hidden: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
-        page.load(self.list_packs, {*lists}, lists, **hidden)
-        self.refreshed = self.refresh.click(self.list_packs, {*lists}, lists, **hidden)
-        for event in (pack.change, self.refreshed.success):  # `change` hears the list, the mouse and the keyboard, each once
+        listed = gr.on([opened, self.refresh.click], self.list_packs, {*lists}, lists, **hidden)
+        for event in (pack.change, listed.success):  # `change` hears the list, the mouse and the keyboard, each once
             event(self.choose, asked, chosen, show_progress_on=[self.hint], **PRIVATE).success(self.redraw, asked, drawn, **quiet)
         gr.on([self.generate.click, self.controls["prompt"].submit], self.draw, asked, drawn, **busy)
         moved = [scale.change, *(one.change for pair in self.more for one in pair)]  # `release` does not hear the keyboard
@@ -150,6 +150,10 @@ class Page:
     def choose(self, values: Values) -> Values:
         """Set the controls to what suits the pack, as far as the user's own settings don't stand against it."""
         wish, before = self._wish(values), values[self.chosen]
+        busy = self.easel.busy()
+        if busy:
+            said = f"The studio rests while {escape(busy)} is training. <b>Draw now</b> on the page Watch asks the run for a picture."
+            return {self.chosen: before, self.hint: f"<p>{said}</p>"}
         with toasts():
             now = self.easel.choose(wish.pack)
         with_pack = now.pack != NONE
