@@ -23,6 +23,7 @@ WAIT_MS = 60_000
 STATUS = re.compile(r"base ([0-9a-f]{12}) \| scale (\S+): ([0-9a-f]{12})")
 
 pytestmark = pytest.mark.slow
+expect.set_options(timeout=WAIT_MS)
 
 
 @pytest.fixture(scope="module")
@@ -254,9 +255,10 @@ def test_from_pictures_to_a_pack_by_keyboard_and_through_a_reload(browser: Brows
         page.locator("#new-name input, #new-name textarea").focus()
         page.keyboard.type("nori")
         page.keyboard.press("Enter")
-        page.locator("#folder input[type=file]").wait_for(state="attached")
-        page.locator("#folder input[type=file]").set_input_files(tmp_path / "mine")
-        expect(page.locator("#pictures article")).to_have_count(5, timeout=WAIT_MS)
+        folder = page.locator("input[webkitdirectory]")
+        folder.wait_for(state="attached")
+        folder.set_input_files(tmp_path / "mine")
+        expect(page.locator("#pictures")).to_contain_text("5 are used", timeout=WAIT_MS)
         page.locator("#pictures article button").first.focus()
         page.keyboard.press("Enter")
         expect(page.locator("#pictures")).to_contain_text("left aside")

@@ -137,6 +137,7 @@ class Goal:
         with toasts():
             table = self.form.table(values)
         said: dict[str, Any] = {
+            "name": values[self.project],
             "kind": values[self.kind],
             "base": (values[self.base] or "tiny").strip(),
             "trigger": (values[self.trigger] or "").strip(),
@@ -146,7 +147,7 @@ class Goal:
     def _usual(self, table: dict[str, Any]) -> dict[str, Any]:
         """Every setting as it is where nothing is said; nothing for a base that is not here yet."""
         kinds = {name: {"kind": table[name]["kind"]} for name in ("adapter", "objective", "optimizer") if "kind" in table.get(name, {})}
-        said: dict[str, Any] = {key: table[key] for key in ("kind", "base") if key in table}
+        said: dict[str, Any] = {key: table[key] for key in ("name", "kind", "base", "trigger") if table.get(key)}
         try:
             return api.settle({"name": "x", **said, **kinds}).model_dump()
         except UserError:

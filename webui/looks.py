@@ -19,7 +19,7 @@ def theme() -> Any:
         "button_primary_text_color": "white",
     }
     dark = {f"{name}_dark": colour for name, colour in colours.items()}
-    colours |= {"input_placeholder_color": "*neutral_500"}
+    colours |= {"input_placeholder_color": "*neutral_500", "block_info_text_color": "*neutral_500"}
     dark |= {"input_placeholder_color_dark": "*neutral_400", "block_info_text_color_dark": "*neutral_300"}
     paper = {"body_background_fill": "*neutral_50", "body_background_fill_dark": "*neutral_950"}
     return soft.set(**paper, **colours, **dark, block_title_padding="0", block_title_text_weight="500", block_label_text_weight="500")

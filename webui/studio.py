@@ -77,7 +77,7 @@ class Page:
                     self.more.append(
                         (other, gr.Slider(*SCALES, 1, step=0.05, label="Its scale", elem_id=f"scale-{number + 1}", min_width=150))
                     )
-        self.restore = gr.File(label="Drop a picture here to take up its recipe", file_types=[".png"], height=130, elem_id="restore")
+        self.restore = gr.File(label="Drop a picture here to take up its recipe", file_types=[".png"], height=150, elem_id="restore")
         return {"pack": pack, "prompt": prompt, "negative": negative, "seed": seed, "steps": steps,
                 "guidance": guidance, "size": size, "scale": scale}  # fmt: skip
 
