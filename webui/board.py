@@ -48,7 +48,7 @@ class Board:
         begin = [self.project, self.tabs, self.home.name]
         gr.on([self.home.begin.click, self.home.name.submit], self.begin, {self.home.name}, begin, **PRIVATE)
         self.home.sample.click(self.sample, None, [self.project, self.tabs], **PRIVATE)
-        self.home.opened.input(self.open, {self.home.opened}, [self.project, self.tabs, self.watch.run], **QUIET)
+        self.home.opened.submit(self.open, {self.home.opened}, [self.project, self.tabs, self.watch.run], **QUIET)
         self.goal.start.click(self.start, self.goal.asked, [self.tabs, self.watch.run], **PRIVATE)
 
     def list_projects(self, values: Values) -> Values:

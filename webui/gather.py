@@ -60,7 +60,7 @@ class Gather:
         self.folder.upload(self.bring_more, {self.project, self.folder}, [self.cards, self.command], **busy)
         self.path.submit(self.bring_path, {self.project, self.path}, [self.cards, self.command], **busy)
         self.look.click(self.see, {self.project}, [self.cards, self.command], **busy)
-        self.sent.input(self.put_aside, {self.project, self.sent}, [self.cards], show_progress="hidden", **PRIVATE)
+        self.sent.submit(self.put_aside, {self.project, self.sent}, [self.cards], show_progress="hidden", **PRIVATE)
 
     def show(self, name: str) -> Values:
         """The pictures of another project."""

@@ -34,7 +34,8 @@
     const to = from && document.querySelector(`#${from.dataset.to} textarea, #${from.dataset.to} input`);
     if (!to) return;
     to.value = from.dataset.send;
-    to.dispatchEvent(new Event("input", { bubbles: true }));
+    to.dispatchEvent(new InputEvent("input", { bubbles: true, data: to.value, inputType: "insertText" }));
+    to.dispatchEvent(new KeyboardEvent("keypress", { key: "Enter", bubbles: true, cancelable: true }));  // heard twice for one value, too
     setTimeout(() => from.closest("[data-live]") && renew(from.closest("[data-live]")), 700);
   });
 

@@ -44,7 +44,7 @@ class Watch:
             button.click(
                 getattr(self, {self.go_on: "again", self.finish: "end", self.extend: "longer"}[button]), more, [self.command], **PRIVATE
             )
-        self.sent.input(self.take_out, {self.sent}, [self.body], show_progress="hidden", **PRIVATE)
+        self.sent.submit(self.take_out, {self.sent}, [self.body], show_progress="hidden", **PRIVATE)
 
     def choices(self, wanted: str = "", before: str = "") -> Any:
         """The list of runs; the one wanted, else the one before, else the newest is chosen."""
