@@ -23,7 +23,7 @@ class Board:
         with gr.Row(elem_id="top"):
             gr.HTML(TITLE, padding=False, elem_id="title")
             self.project = gr.Dropdown([], value=None, label="Project", elem_id="project", scale=0, min_width=220)
-        with gr.Tabs(selected="home", elem_id="steps") as self.tabs:
+        with gr.Tabs(selected="home", elem_id="screens") as self.tabs:
             with gr.Tab("Home", id="home"):
                 self.home = Home(house)
             with gr.Tab("1 Pictures", id="pictures"):
