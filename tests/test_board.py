@@ -8,7 +8,7 @@ from urllib.request import urlopen
 import gradio as gr
 import pytest
 from gradio_client import Client
-from small import draw_folder
+from small import any_port, draw_folder
 
 from sdlora import api, config
 from sdlora.api import Edit, UserError
@@ -159,7 +159,7 @@ def test_time_and_memory_are_told_in_words() -> None:
 
 
 def test_a_program_may_draw_list_and_ask(tmp_path: Path) -> None:
-    served = app.launch(tmp_path, app.free_port(0))
+    served = app.launch(tmp_path, any_port())
     try:
         client = Client(served.url, verbose=False)
         with urlopen(f"{served.url}/gradio_api/info") as answer:

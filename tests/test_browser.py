@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
-from small import draw_folder
+from small import any_port, draw_folder
 from test_webui import train
 
 from webui import app
@@ -34,7 +34,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     train(root, "mira", steps=3)
     (root / "broken.safetensors").write_bytes(b"no pack at all")
     os.utime(root / "broken.safetensors", (0, 0))
-    served = app.launch(root, app.free_port(0))
+    served = app.launch(root, any_port())
     yield served.url
     served.close()
 
@@ -250,7 +250,7 @@ every = 10
 
 def test_from_pictures_to_a_pack_by_keyboard_and_through_a_reload(browser: Browser, tmp_path: Path) -> None:
     draw_folder(tmp_path / "mine", square=True)
-    served = app.launch(tmp_path / "root", app.free_port(0))
+    served = app.launch(tmp_path / "root", any_port())
     with opened(served.url, browser) as page:
         page.locator("#new-name input, #new-name textarea").focus()
         page.keyboard.type("nori")

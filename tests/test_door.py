@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 import pytest
-from small import draw_folder
+from small import any_port, draw_folder
 
 from sdlora.api import UserError
 from webui import app, door
@@ -62,7 +62,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(root: Path) -> Iterator[Served]:
-    served = app.launch(root, app.free_port(0))
+    served = app.launch(root, any_port())
     yield served
     served.close()
 
@@ -70,7 +70,7 @@ def served(root: Path) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def guarded(root: Path) -> Iterator[Served]:
     """The same with a login."""
-    served = app.launch(root, app.free_port(0), "127.0.0.1", Login.with_password(PASSWORD))
+    served = app.launch(root, any_port(), "127.0.0.1", Login.with_password(PASSWORD))
     yield served
     served.close()
 
