@@ -4,12 +4,13 @@ for event in api.train(api.settle({"data": {"folder": "my-pictures"}, "name": "m
     print(event)
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 
 from sdlora import (
@@ -25,28 +26,47 @@ from sdlora import (
     lookup,
     pictures,
     priors,
-    record,
+    queue,
     safeio,
-    search,
     settings,
     sharing,
 )
 from sdlora import sweep as sweeping
 from sdlora.best import Asking
-from sdlora.config import Run
-from sdlora.data import captioning, edits, ledger, page, store
+from sdlora.config import Run, Setting
+from sdlora.config import to_toml as settings_text
+from sdlora.data import doctor, edits, ledger, page, pixels, reasons, store
 from sdlora.data.captioning import Captioning
+from sdlora.data.captioning import caption as caption_folder
+from sdlora.data.captioning import put as put_captions
+from sdlora.data.captioning import read as captions
 from sdlora.data.edits import Edit
+from sdlora.data.unzip import unzip as unpack
 from sdlora.errors import UserError
 from sdlora.events import Event
 from sdlora.generate import Recipe
-from sdlora.packs import bundle, card, file, precision
+from sdlora.packs import bundle, file, precision
+from sdlora.packs.card import about as about_pack
+from sdlora.packs.card import rows as about_rows
 from sdlora.packs.pipelines import Applied, Pack
 from sdlora.packs.readers import Reading
-from sdlora.record import Record
+from sdlora.queue import Entry, take_out
+from sdlora.queue import entries as queued
+from sdlora.queue import start as start_queue
+from sdlora.record import Record, events, runs
+from sdlora.report import curves
+from sdlora.safeio import remove, rename
+from sdlora.safeio import write as save_bytes
+from sdlora.search import find_dimension, find_rate
 from sdlora.settings import override
 from sdlora.sharing import Push
-from sdlora.stop import Stop
+from sdlora.sharing import changes as header_changes
+from sdlora.sharing import check as check_pack
+from sdlora.sharing import edit as edit_pack
+from sdlora.sharing import opened as open_pack
+from sdlora.sharing import push as push_pack
+from sdlora.sharing import take as take_pack
+from sdlora.stop import Stop, ask
 from sdlora.studio import Studio, parse_pack, parse_scale
 
 __all__ = [
@@ -54,6 +74,7 @@ __all__ = [
     "Asking",
     "Captioning",
     "Edit",
+    "Entry",
     "Event",
     "Pack",
     "Push",
@@ -61,24 +82,32 @@ __all__ = [
     "Recipe",
     "Record",
     "Run",
+    "Setting",
     "Stop",
     "Studio",
     "UserError",
     "about_pack",
     "about_rows",
+    "ask",
     "average_run",
     "bundle_pack",
     "caption_folder",
+    "captioners",
+    "captions",
     "cast_tables",
     "check",
     "check_pack",
     "convert_pack",
+    "curves",
+    "described",
     "edit_captions",
     "edit_pack",
+    "enqueue",
     "events",
     "find_best",
     "find_dimension",
     "find_rate",
+    "free_memory",
     "grid",
     "header_changes",
     "inspect_base",
@@ -89,19 +118,30 @@ __all__ = [
     "parse_pack",
     "parse_scale",
     "push_pack",
+    "put_captions",
+    "queued",
+    "read_picture",
     "read_settings",
+    "remove",
+    "rename",
     "runs",
+    "save_bytes",
     "save_picture",
     "save_sheet",
     "save_text",
     "settings_text",
     "settle",
     "settle_cast",
+    "start_queue",
     "sweep",
     "sweep_results",
+    "take_out",
     "take_pack",
     "train",
     "train_cast",
+    "undo_captions",
+    "unpack",
+    "why",
 ]
 
 
@@ -133,16 +173,6 @@ def train(run: Run, out: Path, stop: Stop | None = None) -> Iterator[Event]:
     A run is stopped by setting `stop.stop`, or by a file called `stop` in its folder: it saves, and `stopped` is its last event.
     """
     return cast.run(run, learners.base_of(run), out, stop)
-
-
-def find_rate(run: Run, scratch: Path, steps: int, low: float, high: float) -> Iterator[Event]:
-    """Try rates from `low` to `high` within one short run of a settled run; `done` brings a proposal, its curve and a picture."""
-    return search.find_rate(run, scratch, steps, low, high)
-
-
-def find_dimension(run: Run, scratch: Path, steps: int, ladders: dict[str, Sequence[int]]) -> Iterator[Event]:
-    """Short runs over ladders of ranks and dimensions; `done` brings the smallest that suffice, the table and a picture."""
-    return search.find_dimension(run, scratch, steps, ladders)
 
 
 def average_run(run: Path, out: Path, steps: Sequence[int] = (), last: int = 3) -> Pack:
@@ -196,14 +226,11 @@ def sweep_results(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
     return sweeping.results(runs, out)
 
 
-def runs(root: Path) -> list[Record]:
-    """The runs in a folder and below it, the newest first."""
-    return record.runs(root)
-
-
-def events(run: Path, since: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """What a run folder's log holds from a byte on, and the byte to ask from next: whoever shows a run that goes on asks now and then."""
-    return record.events(run, since)
+def enqueue(root: Path, run: Run, out: Path) -> str:
+    """Let a settled run wait for its turn; the process that trains is started, if none is there. Returns the id in the queue."""
+    name = queue.add(root, config.to_toml(run), out)
+    queue.start(root)
+    return name
 
 
 def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:
@@ -223,14 +250,19 @@ def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:
     return table, lambda: page.page(f"The pictures of {run.name}", table, items, run.data.ground)
 
 
+def why(code: str) -> str:
+    """What a code of the ledger means, and what to do about it."""
+    return {**doctor.REASONS, **reasons.REASONS}.get(code, code)
+
+
+def described() -> list[Setting]:
+    """Every setting, as a form must know it."""
+    return list(config.described())
+
+
 def inspect_base(name: str) -> dict[str, Any]:
     """What a base is, and whether all of it is there and sound; `UserError` if it is none that is known."""
     return family.inspect(family.find(name))
-
-
-def open_pack(path: Path) -> Pack:
-    """Read a pack, or the one in a bundle; `UserError` if it is none."""
-    return sharing.opened(path)
 
 
 def convert_pack(path: Path, layout: str, out: Path, dtype: str = "fp16", base: str = "") -> list[str]:
@@ -246,46 +278,11 @@ def convert_pack(path: Path, layout: str, out: Path, dtype: str = "fp16", base: 
     return [f"{len(tensors)} tensors in {layout} layout, {dtype}: {out}"]
 
 
-def check_pack(path: Path, base: str = "") -> list[Reading]:
-    """What each program makes of a pack; a base must be named only where it is none of the well-known models."""
-    return sharing.check(path, base)
-
-
-def about_pack(path: Path) -> dict[str, Any]:
-    """What a pack is."""
-    return card.about(path)
-
-
-def about_rows(table: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """`about_pack` for reading: (name, value)."""
-    return card.rows(table)
-
-
-def header_changes(assignments: list[str], trigger: str | None = None, scale: float | None = None) -> dict[str, str]:
-    """Changes of a header from `key=value` lines, a trigger and a scale."""
-    return sharing.changes(assignments, trigger, scale)
-
-
-def edit_pack(path: Path, changes: Mapping[str, str], thumbnail: Path | None = None, out: Path | None = None) -> Path:
-    """Change fields of a pack's header, in place unless `out` is given; its tensors stay as they are, byte for byte."""
-    return sharing.edit(path, changes, thumbnail, out)
-
-
 def bundle_pack(source: Path, out: Path) -> list[str]:
     """Make a bundle of a run's pack, or of a pack, as a new folder or a ZIP; gives the names of its files."""
     made = sharing.bundled(source)
     bundle.write(out, made)
     return list(made)
-
-
-def push_pack(source: Path, repository: str, private: bool = True) -> Push:
-    """What would be sent to the hub for a run, a pack or a bundle; `.send()` sends it."""
-    return sharing.push(source, repository, private)
-
-
-def take_pack(source: str, out: Path) -> list[dict[str, Any]]:
-    """Take a bundle, a pack or a repository of the hub into a new folder, verified; says what its packs are."""
-    return sharing.take(source, out)
 
 
 def open_studio(packs: Sequence[Pack] = (), base: str = "", vae: str = "") -> Studio:
@@ -321,6 +318,19 @@ def check_png(path: Path) -> None:
     """Raise `UserError` if no PNG can be called so."""
     if path.suffix.lower() != ".png":
         raise UserError("E-GEN-07", "pictures are written as PNG, which carries the recipe", path, "let --out end in .png")
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture upright in sRGB, on white; `UserError` if it cannot be read."""
+    try:
+        return pixels.read_picture(path)
+    except pixels.UnreadableError as error:
+        raise UserError("E-DATA-03", f"this picture cannot be read: {error}", path, "mend or remove it") from None
+
+
+def free_memory() -> None:
+    """Give back what is no longer used, on the device too."""
+    clear_device_cache(garbage_collection=True)
 
 
 def grid(studio: Studio, recipes: Sequence[Recipe], scales: Sequence[float]) -> Image.Image:
@@ -363,14 +373,14 @@ def edit_captions(folder: Path, edit: Edit, write: bool) -> list[edits.Change]:
     return changes
 
 
-def caption_folder(folder: Path, how: Captioning) -> tuple[int, Iterator[captioning.Written]]:
-    """Caption the pictures of a folder that have no caption: how many are left as they are, and (picture, caption) as each is written."""
-    return captioning.caption(folder, how)
+def undo_captions(changes: Sequence[edits.Change]) -> None:
+    """Take an edit back. Raises `UserError` if one of its files has changed since."""
+    edits.apply([(path, after, before) for path, before, after in changes])
 
 
-def settings_text(run: Run) -> str:
-    """A run as TOML."""
-    return config.to_toml(run)
+def captioners() -> list[str]:
+    """The names of what can write captions."""
+    return lookup.names("captioners")
 
 
 def _lasting(run: Run) -> dict[str, Any]:

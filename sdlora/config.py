@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomli_w
 from pydantic import Field, SerializeAsAny, create_model, field_validator
+from pydantic.fields import FieldInfo
 
 from sdlora import defaults, lookup
 from sdlora.errors import UserError
@@ -313,3 +315,43 @@ def flat(run: Run) -> Iterator[tuple[str, Any]]:
 def to_toml(run: Run) -> str:
     """The run as a TOML file that `parse` reads back; settings still open are left out."""
     return tomli_w.dumps(run.model_dump(exclude_none=True))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a form must know of a setting."""
+
+    name: str  # dotted
+    owner: str  # kind of the adapter, objective or optimizer whose own it is; empty: every run has it
+    reason: str
+    choices: tuple[str, ...]  # of which it is one; empty: it is written as TOML has it
+    is_switch: bool
+    usual: object  # the default; None: it depends on the job and the base
+
+
+def described() -> Iterator[Setting]:
+    """Every setting that a run of any kind may have; tables in lists (`data.folders`) are left out."""
+    for name, info in Run.model_fields.items():
+        if name in CHOICES:
+            group = CHOICES[name][0]
+            yield Setting(
+                f"{name}.kind", "", " ".join((info.description or "").split()), tuple(lookup.names(group)), False, CHOICES[name][1]
+            )
+            for kind in lookup.names(group):
+                fields = lookup.find(group, kind).Config.model_fields
+                yield from (_setting(f"{name}.{field}", kind, inner) for field, inner in fields.items() if field != "kind")
+        elif isinstance(info.default, Settings):
+            inside = type(info.default).model_fields
+            yield from (_setting(f"{name}.{field}", "", inner) for field, inner in inside.items() if field != "folders")
+        else:
+            yield _setting(name, "", info)
+
+
+def _setting(name: str, owner: str, info: FieldInfo) -> Setting:
+    options = get_args(info.annotation)
+    inner = next((one for one in options if get_origin(one) is Literal), info.annotation)
+    choices = tuple(map(str, get_args(inner))) if get_origin(inner) is Literal else ()
+    reason = " ".join((info.description or "").split())
+    return Setting(
+        name, owner, reason, choices, info.annotation is bool, None if info.is_required() else info.get_default(call_default_factory=True)
+    )

@@ -15,7 +15,7 @@ LAYERS = [
     "adapter", "lowrank", "source", "original", "ldm", "vae", "family", "latent_diffusion", "objective", "optimizer", "captioner",
     "families", "adapters", "objectives", "optimizers", "captioners",
     "devices", "data", "probe", "generate", "schedule", "packs", "pictures", "score", "eyes", "measures",
-    "record", "charts", "plots", "report", "trackers",
+    "record", "queue", "charts", "plots", "report", "trackers",
     "train", "state", "validation", "diagnose", "studio", "judge", "preview", "priors", "estimate",
     "course", "learners", "best", "export", "job", "search", "average", "cast", "sweep", "sharing", "api", "terminal", "verbs", "cli",
 ]  # fmt: skip
