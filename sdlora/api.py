@@ -32,7 +32,6 @@ from sdlora import (
     sharing,
 )
 from sdlora import sweep as sweeping
-from sdlora.best import Asking
 from sdlora.config import Run, Setting
 from sdlora.config import to_toml as settings_text
 from sdlora.data import doctor, edits, ledger, page, pixels, reasons, store
@@ -45,6 +44,7 @@ from sdlora.data.unzip import unzip as unpack
 from sdlora.errors import UserError
 from sdlora.events import Event
 from sdlora.generate import Recipe
+from sdlora.judge import Asking
 from sdlora.packs import bundle, file, precision
 from sdlora.packs.card import about as about_pack
 from sdlora.packs.card import rows as about_rows

@@ -1,40 +1,23 @@
 """`sdlora find best`: a run's checkpoints, or a pack, judged at several scales by the run's own pictures."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from sdlora import devices, eyes, family, pictures, safeio, state
 from sdlora.adapter import Bank
 from sdlora.config import Run
-from sdlora.data import buckets, cache, captions, ledger, store
-from sdlora.data.ledger import Dataset
-from sdlora.data.pixels import read_picture
+from sdlora.data import cache, ledger, store
 from sdlora.errors import UserError
 from sdlora.events import Event
 from sdlora.family import Base
-from sdlora.judge import Judge, Questions, Truth, Verdict, unrelated
+from sdlora.judge import Asking, Judge, Verdict, material
 from sdlora.learners import Job, given, new_learner, pieces
 from sdlora.packs.file import Pack, tensors_of
 from sdlora.plots import Curve, plot
 from sdlora.studio import Studio
-
-
-@dataclass(frozen=True)
-class Asking:
-    """How much is asked of each candidate: prompts that name the trigger and as many that do not, at each seed and scale."""
-
-    scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25)
-    prompts: int = 6
-    seeds: int = 2
-    steps: int = 25
-    eyes: str = "auto"
-    most: int = 6  # checkpoints, the newest and others evenly between
 
 
 def find(settled: Run, base: Base, candidates: Mapping[int, Pack], asking: Asking, out: Path) -> Iterator[Event]:
@@ -59,21 +42,6 @@ def find(settled: Run, base: Base, candidates: Mapping[int, Pack], asking: Askin
     safeio.write(out / "grid.png", pictures.encode(judge.sheet(f"{settled.name} on {base.name}"), {}))
     safeio.write(out / "front.png", pictures.encode(drawn(verdict, settled.name), {}))
     yield Event("done", verdict.words, data=verdict.table())
-
-
-def material(settled: Run, dataset: Dataset, asking: Asking) -> tuple[Questions, Truth]:
-    """What to ask, and the pictures to compare with: those held out where there are any, in the size that most pictures have."""
-    items, size = dataset.account.used, dataset.buckets.most_common(1)[0][0]
-    pool = [i for i in dict.fromkeys(dataset.pool) if not items[i].regularisation]
-
-    def seen(places: Sequence[int]) -> Tensor:
-        shown = [buckets.fit(read_picture(items[i].path, settled.data.ground), size) / 2 + 0.5 for i in places]
-        return torch.stack(shown) if shown else torch.empty(0, 3, size[1], size[0])
-
-    asked = dict.fromkeys(captions.final(items[i], settled, 0) for i in [*dataset.held, *pool])
-    other = unrelated(settled.data.prior_prompts, asking.prompts)
-    questions = Questions([*asked][: asking.prompts], other, range(asking.seeds), asking.scales, size, asking.steps)
-    return questions, Truth(seen(pool), seen(dataset.held))
 
 
 def checkpoints(settled: Run, base: Base, run: Path, most: int) -> dict[int, Pack]:

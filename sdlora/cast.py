@@ -177,6 +177,7 @@ def level(members: Sequence[Member]) -> None:
     for course in behind:
         if common and course.progress.step != common:
             found = state.restore(course.out, [course.learner], common)
+            found.progress.by = course.progress.by
             course.progress, course.learner.step = found.progress, found.progress.step
 
 

@@ -155,7 +155,12 @@ class Validation(Settings):
     patience: Annotated[int, Field(ge=0)] = 0
     """Validations without a new lowest loss after which training ends; 0: it never ends early. One comes with every `train.save_every`."""
     pack: Literal["last", "best"] = "last"
-    """Weights that the pack holds: the last ones, or those of the lowest validation loss."""
+    """Weights that the pack holds: the last ones, or those of the lowest validation loss, or of the best score."""
+    judge: Annotated[int, Field(ge=0, le=64)] = 0
+    """Prompts that name the trigger, and as many that do not, of which pictures are drawn and judged at each validation: how like the
+    pictures held out they are, and how far the base drifts; at the end also at several scales, of which the pack recommends the best."""
+    by: Literal["loss", "score"] = "loss"
+    """What patience and the best weights go by: the loss on pictures held out, or the score of `validation.judge`."""
 
 
 class Preview(Settings):
@@ -270,6 +275,9 @@ def resolve(run: Run, row: str) -> Run:
         part, _, field = dotted.partition(".")
         if table[part].get(field, value) is None:
             table[part][field] = value
+    if run.validation.by == "score" and not run.validation.judge:
+        what = "the best weights are to go by a score, and nothing is judged"
+        raise UserError("E-CONF-12", what, "validation.by", "set validation.judge, to 6 for example")
     table["train"]["warmup_steps"] = _warmup(run.train, table["train"])
     trigger = run.trigger or run.name
     table["trigger"] = trigger

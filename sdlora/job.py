@@ -15,13 +15,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdlora import estimate, export, lock, pictures, preview, priors, report, safeio, settings, state
+from sdlora import estimate, export, eyes, lock, pictures, preview, priors, report, safeio, settings, state
 from sdlora.config import Run, flat, parse, to_toml
 from sdlora.course import Course
 from sdlora.data import cache, captions, ledger
 from sdlora.errors import UserError
 from sdlora.events import Event, Log, patiently
 from sdlora.family import Family
+from sdlora.judge import Asking, Judge, material
 from sdlora.learners import Job, Latents, adapted, adapted_line, given, new_learner
 from sdlora.packs import file, metadata, precision, privacy
 from sdlora.stop import Stop
@@ -158,7 +159,15 @@ def new_course(job: Job, setup: Setup, stop: Stop) -> Course:
     data = setup.learners[slot].data
     held = [HeldOut(data.latents[i][0][0], tokens[n], data.frames[i][0], items[i].look.digest) for n, i in enumerate(job.dataset.held)]
     names = [job.dataset.account.name(item.path) for item in items]
-    return Course(setup, slot, settled, job.out, names, held, state.Progress(dataset=job.dataset.digest), stop)
+    progress = state.Progress(dataset=job.dataset.digest, by=settled.validation.by)
+    asking = partial(judging, settled, job.dataset) if settled.validation.judge else None
+    return Course(setup, slot, settled, job.out, names, held, progress, stop, asking=asking)
+
+
+def judging(settled: Run, dataset: ledger.Dataset, studio: Studio) -> Judge:
+    """Who judges a run's pictures while it trains and at its end, on few prompts at one seed."""
+    asking = Asking(prompts=settled.validation.judge, seeds=1, steps=settled.preview.steps)
+    return Judge(studio, *material(settled, dataset, asking), eyes.opened("auto", studio.family))
 
 
 def take_up(course: Course) -> Iterator[Event]:
@@ -173,6 +182,7 @@ def take_up(course: Course) -> Iterator[Event]:
         yield Event("warning", "pictures, captions or how they are shown are others than before; what is learnt from here on is of these")
         learner.quarantine.clear()  # it names pictures by their place
         found.progress.dataset = course.progress.dataset
+    found.progress.by = course.progress.by
     course.progress, learner.step = found.progress, found.progress.step
     setup.at_once = min((one for one in (setup.at_once, found.progress.at_once) if one), default=0)
     yield Event("note", f"going on from step {found.progress.step}", step=found.progress.step)
@@ -186,7 +196,8 @@ def take_off(member: Member) -> Iterator[Event]:
     best, setup, learner = course.progress.best(), course.setup, course.learner
     if best and settled.validation.pack == "best" and best[0] != course.progress.step:
         state.restore(course.out, [learner], course.progress.step, best[0])
-        yield Event("note", f"the pack holds the weights of step {best[0]}, whose validation loss is lowest", step=best[0])
+        told = "validation loss" if course.progress.by == "loss" else "score"
+        yield Event("note", f"the pack holds the weights of step {best[0]}, whose {told} is best", step=best[0])
     with learner.averaged():
         dtype = precision.DTYPES[settled.pack.dtype]
         member.files, lost = file.written(setup.bank, settled.name, setup.family, settled.pack.layouts, dtype)
@@ -209,10 +220,20 @@ def finish(member: Member, studio: Studio) -> Iterator[Event]:
         yield from patiently(lambda: safeio.write(job.out / "strip.png", sheet), stop)
         data = preview.likeness(studio, settled, name, job.dataset, member.latents)
         yield Event("note", preview.learnt(data), data=data)
+    scale = None
+    if settled.validation.judge:
+        judge = judging(settled, job.dataset, studio)
+        judge.ask(name, step)
+        verdict = judge.verdict()
+        scale = verdict.best.scale if verdict.best is not judge.rows[0] else None
+        safeio.write(job.out / "score.json", json.dumps(verdict.table(), indent=1))
+        yield Event("note", f"judged: {verdict.words}", data={"score": verdict.table()})
     hidden = privacy.secrets(job.dataset, settled)
     shown = set(job.dataset.pool)
     kept = sum(job.dataset.account.used[i].regularisation for i in shown)
-    facts = metadata.Facts(len(shown), step, job.began, time.time(), job.dataset.buckets, thumbnail, hidden, regularisation=kept)
+    facts = metadata.Facts(
+        len(shown), step, job.began, time.time(), job.dataset.buckets, thumbnail, hidden, regularisation=kept, scale=scale
+    )
     path = job.out / f"{settled.name}.safetensors"
     for layout, tensors in member.files.items():
         place = path if layout == settled.pack.layouts[0] else path.with_name(f"{settled.name}.{layout}.safetensors")

@@ -10,7 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from sdlora import measures, pictures
+from sdlora.config import Run
+from sdlora.data import buckets, captions
+from sdlora.data.ledger import Dataset
+from sdlora.data.pixels import read_picture
 from sdlora.eyes import Eyes
+from sdlora.state import Score
 from sdlora.studio import Studio
 
 BATCH = 16
@@ -21,6 +26,18 @@ UNRELATED = (
 """Prompts to measure drift by, where the run has none of its own."""
 SATURATED, BROKEN = 0.95, 0.9
 """Shares of the highest likeness gain: reached first, it hardly grows any more; fallen below again, the picture breaks."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How much is asked of each candidate: prompts that name the trigger and as many that do not, at each seed and scale."""
+
+    scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25)
+    prompts: int = 6
+    seeds: int = 2
+    steps: int = 25
+    eyes: str = "auto"
+    most: int = 6  # checkpoints, the newest and others evenly between
 
 
 @dataclass(frozen=True)
@@ -113,12 +130,14 @@ class Judge:
         """(prompt, seed) of every picture, prompts fastest."""
         return [(text, seed) for seed in self.questions.seeds for text in texts]
 
-    def ask(self, name: str, step: int) -> None:
-        """Measure one candidate at every scale."""
-        for scale in self.questions.scales:
+    def ask(self, name: str, step: int, scales: Sequence[float] = ()) -> list[Judged]:
+        """Measure one candidate at every scale, or at these."""
+        asked = scales or self.questions.scales
+        for scale in asked:
             pixels = self.draw(name, scale)
             self.rows.append(self._measured(name, step, scale, pixels))
             self.images[name, scale] = pictures.images(pixels[: len(self.questions.asked)])
+        return self.rows[-len(asked) :]
 
     def draw(self, name: str, scale: float) -> Tensor:
         """Pictures of the prompts that name the trigger, then of the others; no name: the base's."""
@@ -183,15 +202,27 @@ def response(rows: Sequence[Judged], base: Judged) -> dict[str, float | None]:
     return {"saturates_at": saturated, "breaks_at": broken}
 
 
-def overtrained(rows: Sequence[Judged]) -> int | None:
-    """The first step of one run from which on pictures come nearer to training pictures while likeness to those held out falls.
-
-    `rows` are of one scale, by step.
-    """
-    for before, after in itertools.pairwise(rows):
+def overtrained(scores: Sequence[Score]) -> int | None:
+    """The first step from which on pictures come nearer to training pictures while likeness to those held out falls."""
+    for before, after in itertools.pairwise(scores):
         if after.memorisation < before.memorisation and after.likeness < before.likeness:
             return after.step
     return None
+
+
+def material(settled: Run, dataset: Dataset, asking: Asking) -> tuple[Questions, Truth]:
+    """What to ask, and the pictures to compare with: those held out where there are any, in the size that most pictures have."""
+    items, size = dataset.account.used, dataset.buckets.most_common(1)[0][0]
+    pool = [i for i in dict.fromkeys(dataset.pool) if not items[i].regularisation]
+
+    def seen(places: Sequence[int]) -> Tensor:
+        shown = [buckets.fit(read_picture(items[i].path, settled.data.ground), size) / 2 + 0.5 for i in places]
+        return torch.stack(shown) if shown else torch.empty(0, 3, size[1], size[0])
+
+    asked = dict.fromkeys(captions.final(items[i], settled, 0) for i in [*dataset.held, *pool])
+    other = unrelated(settled.data.prior_prompts, asking.prompts)
+    questions = Questions([*asked][: asking.prompts], other, range(asking.seeds), asking.scales, size, asking.steps)
+    return questions, Truth(seen(pool), seen(dataset.held))
 
 
 def _words(best: Judged, base: Judged, equal: Sequence[Judged], rows: Sequence[Judged]) -> str:

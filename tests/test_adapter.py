@@ -273,7 +273,12 @@ OTHER: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("kind", "setting"),
-    [(kind, name) for kind in KINDS for name in lookup.find("adapters", kind).Config.model_fields if name not in ("kind", "targets", "blocks")],
+    [
+        (kind, name)
+        for kind in KINDS
+        for name in lookup.find("adapters", kind).Config.model_fields
+        if name not in ("kind", "targets", "blocks")
+    ],
 )
 def test_each_of_its_settings_changes_how_it_starts_or_learns(kind: str, setting: str) -> None:
     module, layer, x = kind_and_layer(kind, "linear-broad")

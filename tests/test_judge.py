@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small
@@ -10,7 +11,7 @@ import torch
 from small import new_tokenizer, numbers, random_pack
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
-from sdlora import api, best, eyes, family, measures, settings, state
+from sdlora import api, best, course, eyes, family, measures, settings, state
 from sdlora.errors import UserError
 from sdlora.judge import Judge, Questions, Truth
 
@@ -170,6 +171,64 @@ def test_a_pack_is_judged_by_a_folder(run: Path, squares: Path, tmp_path: Path) 
     events = [*api.find_best(pack, ASKING, str(squares), base, tmp_path / "out")]
     assert "trained on" in events[-1].data["likeness_to"]
     assert [row["step"] for row in events[-1].data["rows"]] == [0, 6, 6]
+
+
+JUDGED: dict[str, Any] = {
+    "validation__share": 0.4,
+    "validation__judge": 2,
+    "data__prior_prompts": ["a cat", "a house"],
+    "preview__steps": 2,
+}
+
+
+def test_a_run_is_judged_while_it_trains(squares: Path, base: Path, tmp_path: Path) -> None:
+    """Its pack recommends the scale that was judged best; a run that was stopped judges what is left, and ends with the same bytes."""
+    settled = small.settled(squares, base, **JUDGED)
+    events = [*api.train(settled, tmp_path / "whole")]
+    judged = [event for event in events if "judged" in event.data]
+    assert [event.step for event in judged] == [2, 4, 6]
+    table = json.loads((tmp_path / "whole" / "score.json").read_text())
+    pack = api.open_pack(tmp_path / "whole" / "mira.safetensors")
+    assert [row["scale"] for row in table["rows"]] == [0.0, 0.5, 0.75, 1.0, 1.25]
+    assert pack.recommended_scale == (table["recommended"]["scale"] or 1.0)
+    scores = scored(tmp_path / "whole")
+    assert [(one["step"], round(one["score"], 4)) for one in scores] == [(e.step, e.data["judged"]["score"]) for e in judged]
+
+    stop = api.Stop()
+    for event in api.train(settled, tmp_path / "parts", stop):
+        stop.stop = stop.stop or event.step == 3
+    resumed = [*api.train(settled, tmp_path / "parts")]
+    assert [event.step for event in resumed if "judged" in event.data] == [6], "it was judged at step 4 before it stopped"
+    assert scored(tmp_path / "parts") == scores
+    again = api.open_pack(tmp_path / "parts" / "mira.safetensors")
+    assert all(torch.equal(again.tensors[key], tensor) for key, tensor in pack.tensors.items())
+
+
+def scored(run: Path) -> list[dict[str, float]]:
+    found: list[dict[str, float]] = json.loads((state.folder(run, 6) / "state.json").read_text())["scores"]
+    return found
+
+
+def test_judging_changes_nothing_of_what_is_learnt(squares: Path, base: Path, tmp_path: Path) -> None:
+    packs = []
+    for name, judge in (("with", 2), ("without", 0)):
+        settled = small.settled(squares, base, **{**JUDGED, "validation__judge": judge})
+        assert [*api.train(settled, tmp_path / name)][-1].kind == "done"
+        packs.append(api.open_pack(tmp_path / name / "mira.safetensors").tensors)
+    assert all(torch.equal(packs[0][key], tensor) for key, tensor in packs[1].items())
+
+
+def test_the_best_weights_may_go_by_the_score(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = course.Score
+    monkeypatch.setattr(course, "Score", lambda step, _, *rest: real(step, {2: 0.1, 4: 0.5, 6: 0.3}[step], *rest))
+    settled = small.settled(squares, base, **JUDGED, validation__by="score", validation__pack="best")
+    events = [*api.train(settled, tmp_path / "run")]
+    assert any("step 4, whose score is best" in event.text for event in events)
+    found = best.checkpoints(settled, family.find(str(base)), tmp_path / "run", 6)
+    own = api.open_pack(tmp_path / "run" / "mira.safetensors").tensors
+    assert all(torch.equal(own[key], tensor) for key, tensor in found[4].tensors.items())
+    with pytest.raises(UserError, match="E-CONF-12"):
+        small.settled(squares, base, validation__by="score")
 
 
 def test_a_run_without_a_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sdlora import measures
 from sdlora.judge import Judged, overtrained, response
+from sdlora.state import Score
 
 
 def unit(seed: int, count: int = 12, width: int = 32) -> Tensor:
@@ -89,8 +90,8 @@ def test_the_front_holds_what_nothing_else_beats() -> None:
     assert measures.front(gain, cost) == [0, 1, 3]
 
 
-def judged(scale: float = 1.0, likeness: float = 0.0, step: int = 0, memorisation: float = 1.0) -> Judged:
-    return Judged("a", step, scale, likeness, 0, 0, 0, 0, memorisation, 0, 0, 0, 0)
+def judged(scale: float, likeness: float) -> Judged:
+    return Judged("a", 0, scale, likeness, 0, 0, 0, 0, 1.0, 0, 0, 0, 0)
 
 
 def test_where_a_pack_saturates_and_where_it_breaks() -> None:
@@ -101,7 +102,7 @@ def test_where_a_pack_saturates_and_where_it_breaks() -> None:
 
 
 def test_overtraining_is_said_only_where_copies_come_and_likeness_goes() -> None:
-    better = [judged(likeness=0.5, step=1, memorisation=1.0), judged(likeness=0.6, step=2, memorisation=0.7)]
-    worse = [*better, judged(likeness=0.55, step=3, memorisation=0.4)]
+    better = [Score(1, 0, 0.5, 0, 1.0), Score(2, 0, 0.6, 0, 0.7)]
     assert overtrained(better) is None
-    assert overtrained(worse) == 3
+    assert overtrained([*better, Score(3, 0, 0.55, 0, 0.9)]) is None, "less like, but no copy: it only wavers"
+    assert overtrained([*better, Score(3, 0, 0.55, 0, 0.4)]) == 3

@@ -479,6 +479,8 @@ ELSEWHERE = {  # which test shows it
     "pack.dtype": "test_writing: a run writes each layout it is asked for",
     "preview.every": "test_course: previews change nothing",
     "train.on_nonfinite": "test_course: a broken picture is named and left out",
+    "validation.judge": "test_judge: a run is judged while it trains",
+    "validation.by": "test_judge: the best weights may go by the score",
     "validation.patience": "test_course: training ends when the loss falls no more",
     "validation.pack": "test_course: the pack may hold the best weights",
     **dict.fromkeys([f"pack.{name}" for name in Packing.model_fields], "test_sharing: every setting of a pack shows in its header"),
