@@ -32,6 +32,7 @@ from sdlora import (
     sharing,
 )
 from sdlora import sweep as sweeping
+from sdlora.cast import text as cast_text
 from sdlora.config import Run, Setting
 from sdlora.config import to_toml as settings_text
 from sdlora.data import doctor, edits, ledger, page, pixels, reasons, store
@@ -45,7 +46,7 @@ from sdlora.errors import UserError
 from sdlora.events import Event
 from sdlora.generate import Recipe
 from sdlora.judge import Asking
-from sdlora.packs import bundle, file, precision
+from sdlora.packs import bundle
 from sdlora.packs.card import about as about_pack
 from sdlora.packs.card import rows as about_rows
 from sdlora.packs.pipelines import Applied, Pack
@@ -62,6 +63,7 @@ from sdlora.settings import override
 from sdlora.sharing import Push
 from sdlora.sharing import changes as header_changes
 from sdlora.sharing import check as check_pack
+from sdlora.sharing import convert as convert_pack
 from sdlora.sharing import edit as edit_pack
 from sdlora.sharing import opened as open_pack
 from sdlora.sharing import push as push_pack
@@ -95,6 +97,7 @@ __all__ = [
     "captioners",
     "captions",
     "cast_tables",
+    "cast_text",
     "check",
     "check_pack",
     "convert_pack",
@@ -263,19 +266,6 @@ def described() -> list[Setting]:
 def inspect_base(name: str) -> dict[str, Any]:
     """What a base is, and whether all of it is there and sound; `UserError` if it is none that is known."""
     return family.inspect(family.find(name))
-
-
-def convert_pack(path: Path, layout: str, out: Path, dtype: str = "fp16", base: str = "") -> list[str]:
-    """Write a pack of any layout and kind in another, for the base it was made for or the named one; returns what is to be known of it."""
-    pack = file.load(path)
-    if dtype not in precision.DTYPES:
-        raise UserError("E-PACK-34", f'there is no precision "{dtype}"', "--dtype", f"choose one of: {', '.join(precision.DTYPES)}")
-    studio = Studio.open(family.find(base or pack.base or "tiny"), torch.float32)
-    tensors = file.converted(pack, studio.bank, studio.family, layout, precision.DTYPES[dtype])
-    left_out = (*file.HASHES, "lora_adapter_metadata", "sshs_legacy_hash")  # of other tensors, or of scales that are in these now
-    header = {key: value for key, value in pack.metadata.items() if key not in left_out} | studio.family.architecture()
-    file.save(out, tensors, lambda sha256: header | {"sshs_model_hash": sha256, "modelspec.hash_sha256": f"0x{sha256}"})
-    return [f"{len(tensors)} tensors in {layout} layout, {dtype}: {out}"]
 
 
 def bundle_pack(source: Path, out: Path) -> list[str]:

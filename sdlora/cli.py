@@ -182,7 +182,10 @@ def config(
     with shown_errors():
         from sdlora import api
 
-        typer.echo(api.settings_text(api.settle(api.read_settings(file, set_ or []), file)), nl=False)
+        if api.is_cast(file):
+            typer.echo(api.cast_text(api.settle_cast(api.cast_tables(file), file, set_ or [])), nl=False)
+        else:
+            typer.echo(api.settings_text(api.settle(api.read_settings(file, set_ or []), file)), nl=False)
 
 
 def follow(settled: "Run", out: Path) -> None:

@@ -141,7 +141,7 @@ def start(member: Member, setup: Setup, accelerator: Accelerator) -> Iterator[Ev
     """Put the run's adapter on the base, beside the others, as its last checkpoint has it."""
     job = member.job
     setup.learners.append(new_learner(job, setup.family, setup.bank, accelerator, member.latents))
-    export.foresee(job.settled, setup.family, file.tensors_of(setup.bank, job.settled.name, setup.family), job.dataset)
+    export.foresee(job.settled, setup.family, file.exact_tensors(setup.bank, job.settled.name, setup.family), job.dataset)
     if job.kept.note:
         yield Event("warning", job.kept.note)
     sentence, parts = adapted(setup.bank, job.settled, setup.family)

@@ -18,7 +18,8 @@ TUNE = (
 )  # fmt: skip
 """Those of the middle depth, in the order in which they are read."""
 TABLES = {"": "The run", "data": "Pictures and captions", "adapter": "Adapter", "objective": "Objective", "optimizer": "Optimizer",
-          "train": "Training", "validation": "Validation", "preview": "Previews"}  # fmt: skip
+          "train": "Training", "validation": "Validation", "preview": "Previews", "text": "How texts are read",
+          "pack": "The pack"}  # fmt: skip
 UNITS = {"_px": "in pixels", "_share": "as a share of 1", "_steps": "in steps", "_every": "in steps"}
 WORDS = {"lr": "learning rate", "px": "", "kind": "kind", "ema": "moving average of the weights"}
 NAMES = {

@@ -80,12 +80,11 @@ class Pack:
 
 
 def exact_tensors(bank: Bank, name: str, family: Family) -> dict[str, Tensor]:
-    """One adapter's tensors under their pack keys, float32, on the CPU. Raises `UserError` if one is not finite."""
+    """One adapter's tensors under their pack keys, float32, on the CPU."""
     found = {}
     for dotted, _, delta in bank.deltas(name):
         for leaf, tensor in delta.tensors().items():
             found[f"{keys.module_name(dotted, family.prefixes)}.{leaf}"] = tensor.detach().float().cpu()
-    precision.check_finite(found)
     return found
 
 
@@ -99,6 +98,7 @@ def written(
 ) -> tuple[dict[str, dict[str, Tensor]], float]:
     """One adapter's tensors in each of the wanted layouts, as they are written; and the greatest share of numbers that became zero."""
     exact, found, lost = exact_tensors(bank, name, family), {}, 0.0
+    precision.check_finite(exact)
     kept = {leaf for _, _, delta in bank.deltas(name) for leaf in delta.exact} | set(layouts.MAGNITUDES)
     for layout in wanted:
         found[layout], zeros = precision.cast(writing.laid_out(layout, exact, family), dtype, kept)

@@ -99,10 +99,10 @@ def kind_of(leaves: Iterable[str], named: str = "") -> ModuleType:
 
 @lru_cache(maxsize=256)
 def _kind_of(wanted: frozenset[str], named: str) -> ModuleType:
-    kinds = [lookup.find("adapters", name) for name in ([named] if named else []) + lookup.names("adapters")]
-    able = [kind for kind in kinds if wanted <= kind.Adapter.leaves]
-    if named and able and able[0] is kinds[0]:
-        return able[0]
+    if named and wanted <= lookup.find("adapters", named).Adapter.leaves:
+        return lookup.find("adapters", named)
+    kinds = [lookup.find("adapters", name) for name in lookup.names("adapters")]
+    able = [kind for kind in kinds if wanted <= kind.Adapter.leaves and not kind.Adapter.shared]  # what layers share no leaf can tell
     if not able:
         strange = sorted(wanted.difference(*(kind.Adapter.leaves for kind in kinds))) or sorted(wanted)
         raise StrangeError(f"no kind of adapter keeps its weights so: {', '.join(strange[:3])}")
