@@ -26,10 +26,12 @@ from sdlora.trackers import Trackers
 from sdlora.train import Setup, steps
 
 COMMON = ("base", "vae", "probe", "text.clip_skip", "text.chunks", "train.precision", "train.gradient_checkpointing", "train.base_weights",
-          "train.memory_gb")  # fmt: skip
+          "train.memory_gb", "train.attention")  # fmt: skip
 """What all members of a cast have alike: it is the base's."""
 Runs = Sequence[tuple[Run, Path]]
 """Settings, and the folder of each."""
+Asking = tuple[Stop, Path | None]
+"""How all are asked to stop, and the folder whose files ask the same."""
 Told = Iterator[tuple[str, Event]]
 """(a member's name, what becomes of it)."""
 FILE = "cast.toml"
@@ -61,7 +63,7 @@ def train(runs: Runs, base: Base, stop: Stop | None = None, asked: Path | None =
             members.append(Member(one, own, stack.enter_context(tracker), Log(one.out / "events.jsonl")))
         for member, events in zip(members, said, strict=True):
             yield from follow(member, events)
-        told = _together(members, Setup(loaded, Bank(loaded.components), [], planned.samples), accelerator, stop, asked)
+        told = _together(members, Setup(loaded, Bank(loaded.components), [], planned.samples), planned, accelerator, (stop, asked))
         del loaded  # what tells makes room once it is trained
         yield from told
         for error in (member.error for member in members if member.error):
@@ -79,12 +81,15 @@ def _settle(
     unlocked = [stack.enter_context(lock.held(out)) for _, out in runs]
     kept = [store.usual(out / "cache") for _, out in runs]
     found = [ledger.read_dataset(settled, out / "cache", own) for (settled, out), own in zip(runs, kept, strict=True)]
+    attention = devices.attention(runs[0][0].train.attention, accelerator.device, dtype)
     loaded = family.load(base, torch.device("cpu"), dtype)
     fitted = [ledger.fit_dataset(pictures, settled, loaded) for pictures, (settled, _) in zip(found, runs, strict=True)]
     measured = [memory(run, loaded, pieces(run, loaded), dataset) for (run, _), dataset in zip(runs, fitted, strict=True)]
     planned = plan.choose(runs[0][0].train, plan.together(measured), devices.free_bytes(accelerator.device))
     loaded.place(accelerator.device, planned.weights)
     loaded.blocks(family.RECOMPUTED if planned.checkpointing else None)
+    loaded.attend(attention)
+    first = [f"attention by {attention}", planned.line()]
     jobs, said, heard = list[Job](), list[list[Event]](), list[list[str]]()
     for (settled, out), dataset, own, size in zip(runs, fitted, kept, measured, strict=True):
         suited, told = check_objective(settled, loaded, dataset, own)
@@ -97,14 +102,15 @@ def _settle(
             raise UserError("E-OBJ-02", what, one.settled.name, "set objective.kind, and probe=off, alike for all")
         warnings = [warned] * bool(warned) + told + doubts(one.settled, loaded, one.pieces)
         changes = job.check_folder(one.settled, one.out)
-        said.append([Event("note", text) for text in [planned.line(), *changes]] + [Event("warning", text) for text in warnings])
+        said.append([Event("note", text) for text in [*first, *changes]] + [Event("warning", text) for text in warnings])
     for one in jobs:
         job.prepare_folder(one.settled, one.out, accelerator.device)
     return loaded, planned, jobs, said
 
 
-def _together(members: Sequence[Member], setup: Setup, accelerator: Accelerator, stop: Stop, asked: Path | None) -> Told:
+def _together(members: Sequence[Member], setup: Setup, planned: Plan, accelerator: Accelerator, asking: Asking) -> Told:
     """From the pictures to the packs."""
+    stop = asking[0]
     for member in members:
         yield from follow(member, job.prepare(member, setup.family))
     if len(members) > 1:
@@ -116,7 +122,7 @@ def _together(members: Sequence[Member], setup: Setup, accelerator: Accelerator,
     if setup.family.device.type == "cuda":
         talking = any(speaks(one.job.pieces, one.job.dataset.account.used, one.job.settled) for one in going(members))
         setup.family.lay_aside(idle(setup.family, talking))
-    yield from _steps(going(members), setup, stop, asked)
+    yield from _steps(going(members), setup, planned, asking)
     stopped = [member for member in going(members) if given(member.course).stopped]
     ended = [member for member in going(members) if member not in stopped]
     if stop.stopping and stopped:  # whose training has ended is finished when all go on
@@ -147,13 +153,18 @@ def room(members: Sequence[Member], setup: Setup) -> Iterator[Event]:
     yield Event("note", f"{what}; {passes}", data={"bytes": total})
 
 
-def _steps(members: Sequence[Member], setup: Setup, stop: Stop, asked: Path | None) -> Told:
+def _steps(members: Sequence[Member], setup: Setup, planned: Plan, asking: Asking) -> Told:
     """The training of all; whoever is through, breaks or is stopped leaves the others to go on."""
+    (stop, asked), device, told = asking, setup.family.device, False
     with stop.gently():
+        devices.forget_peak(device)
         for member in members:
             yield from follow(member, given(member.course).begin())
         try:
             for trained in steps(setup):
+                if not told and (peak := devices.peak_bytes(device)):
+                    yield from follow(members[0], [Event("note", planned.compared(peak), data={"peak": peak, "counted": planned.peak})])
+                told = True
                 if asked:
                     stop.look(asked)
                     stop.pass_on([member.stop for member in members])

@@ -126,6 +126,9 @@ class Train(Settings):
     """How the large frozen layers of the base are held while it is trained on: in the run's precision, in 8 bits, or in 4 (QLoRA). The
     adapter learns against the rounded base; its pack is for the full one. auto: as few bits as it takes to fit into memory, and no fewer;
     with `full` nothing is ever rounded."""
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    """Whose kernels compute attention: torch's own (sdpa) or xformers'. auto: torch's, unless none runs here that saves memory and one of
+    xformers' does."""
     memory_gb: Annotated[float, Field(ge=0)] = 0.0
     """Memory in which the run is to fit, in GB of 10^9 bytes; 0: what a CUDA card has free, and on other devices no limit."""
     save_every: Count | None = None

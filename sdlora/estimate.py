@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdlora import devices, quantise
-from sdlora.adapter import Bank, Piece
+from sdlora.adapter import Bank, Piece, Route
 from sdlora.config import Run
 from sdlora.data.buckets import Size
 from sdlora.data.store import Store
@@ -61,7 +61,7 @@ def memory(run: Run, family: Family, pieces: Mapping[str, Piece], sizes: Sequenc
     bank.add(run.name, pieces, lambda dotted: stream(run.seed, f"init/{dotted}"))
     try:
         trained = sum(p.numel() for p in bank.parameters(run.name).values())
-        bank.use({run.name: 1.0})
+        bank.route = Route(torch.ones(1, device=family.device))
         one, two = (_kept(family, (count * family.step_px, family.step_px)) for count in (1, 2))
     finally:
         bank.eject()
@@ -115,17 +115,17 @@ class Kept:
 
 
 def _kept(family: Family, size: Size) -> Kept:
-    weights = {p.untyped_storage().data_ptr() for module in family.components.values() for p in module.parameters()}
+    weights = {p.untyped_storage()._cdata for module in family.components.values() for p in module.parameters()}
     kept, inputs, inside = dict[int, Tensor](), dict[int, Tensor](), list[set[int]]()
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+        if tensor.untyped_storage()._cdata not in weights:
+            kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     def block(function: Any, *given: Any) -> Any:
         before = set(kept)
-        inputs.update({one.untyped_storage().data_ptr(): one for one in given if isinstance(one, Tensor)})
+        inputs.update({one.untyped_storage()._cdata: one for one in given if isinstance(one, Tensor)})
         said = function(*given)
         inside.append(set(kept) - before - set(inputs))
         return said

@@ -156,6 +156,9 @@ class Family(ABC):
             for module in fetched:
                 module.to("cpu")
 
+    def attend(self, by: str) -> None:  # noqa: B027
+        """Compute the network's attention by `xformers`; by `sdpa` is how it is loaded."""
+
     def blocks(self, way: Callable[..., Any] | None) -> None:
         """Compute the blocks of all components by `way(block, *inputs)` where gradients are asked for; None: as they are.
 

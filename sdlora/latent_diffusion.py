@@ -117,6 +117,10 @@ class LatentDiffusion(Family):
                 self.vae.to(half)
         return pixels
 
+    def attend(self, by: str) -> None:
+        if by == "xformers":
+            self.unet.enable_xformers_memory_efficient_attention()
+
     def tokens(self, captions: Sequence[str]) -> Tensor:
         rows = [[self._row(tokenizer, caption) for caption in captions] for tokenizer in self.tokenizers]
         return torch.cat([torch.tensor(one) for one in rows], 1).to(self.device)

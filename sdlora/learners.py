@@ -112,6 +112,7 @@ def check_optimizer(settled: Run) -> None:
     """Whether the optimizer is there, and can do what it is to do."""
     own, rates = optimizing(settled), (given(settled.train.lr), given(settled.train.text_encoder_lr))
     library(own)
+    own.check()
     ratio, adapter = settled.train.lora_plus_ratio, targeted(settled).kind
     if own.finds_its_rate and rates[1] not in (rates[0], 0):
         what = f"{own.kind} finds one rate for all, and train.lr = {rates[0]:g} is not train.text_encoder_lr = {rates[1]:g}"

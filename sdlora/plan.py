@@ -39,6 +39,10 @@ class Plan:
         room = "" if self.limit is None else f" of {self.limit / 1e9:.2f}"
         return f"memory: {self.measures()}; about {self.peak / 1e9:.2f}{room} GB at most beside the libraries ({figures})"
 
+    def compared(self, peak: int) -> str:
+        """What a step really took beside what was counted, in words."""
+        return f"memory: the first step took {peak / 1e9:.2f} GB at most, {peak / self.peak:.0%} of what was counted"
+
 
 def together(measured: Sequence[Measured]) -> Measured:
     """Of runs side by side: all adapters, and samples as large as the largest."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdlora import adapter, api, estimate, family, learners, lookup, plan, quantise
+from sdlora import adapter, api, devices, estimate, family, learners, lookup, plan, quantise
 from sdlora.adapter import Bank
 from sdlora.config import Train
 from sdlora.data import cache
@@ -278,6 +278,7 @@ def test_the_settings_decide_which_measures_are_taken() -> None:
     assert caught.value.exit_code == RESOURCES
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_measures_that_its_plan_says(squares: Path, base: Path, tmp_path: Path) -> None:
     run = small.settled(squares, base, adapter__targets=TARGETS)
     loaded = family.load(family.find(str(base)), CPU, torch.float32)
@@ -307,6 +308,44 @@ def dataset(run: Any, loaded: Family, folder: Path) -> Any:
     from sdlora.data import ledger
 
     return ledger.fit_dataset(ledger.read_dataset(run, folder / "cache"), run, loaded)
+
+
+def test_a_card_says_what_the_first_step_took(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small.settled(squares, base, train__steps=2)
+    assert not any("first step took" in one.get("text", "") for one in log_of(run, tmp_path / "cpu")), "the CPU does not say"
+    monkeypatch.setattr(devices, "peak_bytes", lambda _: 3 * GB)
+    (note,) = (one for one in log_of(run, tmp_path / "card") if "first step took" in one.get("text", ""))
+    assert note["text"].startswith("memory: the first step took 3.00 GB at most, ")
+    assert note["data"]["peak"] == 3 * GB
+    made = plan.Plan("full", False, 0, {"base": GB, "adapter": 0, "activations": 5 * GB, "total": 6 * GB}, None)
+    assert made.peak == 8 * GB
+    assert made.compared(6 * GB).endswith("6.00 GB at most, 75% of what was counted")
+
+
+# ---------------------------------------------------------------- whose attention
+
+
+def test_attention_is_what_runs(monkeypatch: pytest.MonkeyPatch, squares: Path, base: Path, tmp_path: Path) -> None:
+    def broken(_: Tensor) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    def works(_: Tensor) -> None:
+        pass
+
+    def chosen(wanted: str) -> str:
+        return devices.attention(wanted, CPU, torch.float32)
+
+    assert devices._runs(devices._fused, CPU, torch.float32) is None
+    assert chosen("auto") == chosen("sdpa") == "sdpa"
+    monkeypatch.setattr(devices, "_xformers", broken)
+    with pytest.raises(UserError, match=r"E-CONF-11.*no kernel image is available"):
+        list(api.train(small.settled(squares, base, train__attention="xformers"), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(devices, "_fused", broken)
+    assert chosen("auto") == "sdpa", "neither runs: torch's plain way does"
+    monkeypatch.setattr(devices, "_xformers", works)
+    assert chosen("auto") == chosen("xformers") == "xformers"
+    assert chosen("sdpa") == "sdpa"
 
 
 # ---------------------------------------------------------------- what is laid aside, what overflows

@@ -503,7 +503,7 @@ ELSEWHERE = {  # which test shows it
     "train.decay_share": "test_schedule: schedules have their closed forms",
     "train.warmup_share": "test_schedule: a warm-up may be a share of the steps",
     **dict.fromkeys(
-        ["train.gradient_checkpointing", "train.base_weights", "train.memory_gb"],
+        ["train.gradient_checkpointing", "train.base_weights", "train.memory_gb", "train.attention"],
         "test_plan: the settings decide which measures are taken",
     ),
     "train.save_every": "test_resume: what may change is said",
