@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sdlora.errors import UserError
 from sdlora.lookup import nearest
+from sdlora.quantise import Quantised
 from sdlora.settings import Settings
 
 
@@ -133,6 +134,21 @@ class Delta(nn.Module):
 def is_linear(layer: nn.Module) -> bool:
     """Whether a layer does no more than multiply by its weight: a linear one, or a convolution of one group."""
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """A frozen layer's weight; of a packed one, what it stands for."""
+    return (layer.whole() if isinstance(layer, Quantised) else layer.get_parameter("weight")).detach()
+
+
+def shape_of(layer: nn.Module) -> torch.Size:
+    """The shape of `weight_of`, at no cost."""
+    return layer.shape if isinstance(layer, Quantised) else layer.get_parameter("weight").shape
+
+
+def product(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a frozen layer gives without its bias."""
+    return layer.product(x) if isinstance(layer, Quantised) else applied(layer, x, weight_of(layer))
 
 
 def applied(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
@@ -299,6 +315,10 @@ class Bank:
 
     def merge(self, name: str, strength: float = 1.0) -> None:
         """Add ΔW into the base's weights, so that inference costs nothing; the adapter is taken off. `unmerge` undoes it."""
+        packed = next((dotted for dotted, layer, _ in self.deltas(name) if isinstance(layer, Quantised)), None)
+        if packed:
+            what = "nothing can be merged into weights of fewer bits: rounding would lose most of it"
+            raise UserError("E-QUANT-02", what, packed, "load the base in full precision")
         with torch.no_grad():
             for dotted, layer, delta in self.deltas(name):
                 change = delta.merged(layer)

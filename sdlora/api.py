@@ -25,6 +25,7 @@ from sdlora import (
     lock,
     lookup,
     pictures,
+    plan,
     priors,
     queue,
     safeio,
@@ -246,8 +247,10 @@ def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:
     loaded = family.load(learners.base_of(run), torch.device("cpu"), torch.float32)
     dataset = priors.with_drawn(ledger.fit_dataset(found, run, loaded), run, loaded, unpacked, kept)
     table = ledger.ledger(dataset, run, loaded, ledger.findings(dataset, run, loaded))
-    table["totals"] |= estimate.totals(run, loaded, learners.pieces(run, loaded), list(dataset.buckets), kept)
-    table["notes"] = [kept.note] if kept.note else []
+    measured, device = learners.memory(run, loaded, learners.pieces(run, loaded), dataset), devices.chosen(run.train.precision or "auto")[0]
+    planned = plan.choose(run.train, measured, devices.free_bytes(device))
+    table["totals"] |= {"memory_bytes": planned.parts, "seconds": estimate.seconds(run, loaded, kept)}
+    table["notes"] = [planned.line(), *([kept.note] if kept.note else [])]
     account = dataset.account
     items = [(account.name(item.path), item) for item in account.used]
     return table, lambda: page.page(f"The pictures of {run.name}", table, items, run.data.ground)

@@ -10,7 +10,7 @@ import tomli_w
 import torch
 from accelerate import Accelerator
 
-from sdlora import devices, estimate, family, job, lock, safeio, settings, state
+from sdlora import devices, estimate, family, job, lock, plan, safeio, settings, state
 from sdlora.adapter import Bank
 from sdlora.config import Run, flat
 from sdlora.data import ledger, store
@@ -18,16 +18,20 @@ from sdlora.errors import UserError
 from sdlora.events import Event, Log
 from sdlora.family import Base, Family
 from sdlora.job import Member
-from sdlora.learners import Job, check_objective, check_optimizer, doubts, given, pieces
+from sdlora.learners import Job, check_objective, check_optimizer, doubts, given, idle, memory, pieces, speaks
+from sdlora.plan import Plan
 from sdlora.stop import FILES, Stop
 from sdlora.studio import Studio
 from sdlora.trackers import Trackers
 from sdlora.train import Setup, steps
 
-COMMON = ("base", "vae", "probe", "text.clip_skip", "text.chunks", "train.precision")
+COMMON = ("base", "vae", "probe", "text.clip_skip", "text.chunks", "train.precision", "train.gradient_checkpointing", "train.base_weights",
+          "train.memory_gb", "train.attention")  # fmt: skip
 """What all members of a cast have alike: it is the base's."""
 Runs = Sequence[tuple[Run, Path]]
 """Settings, and the folder of each."""
+Asking = tuple[Stop, Path | None]
+"""How all are asked to stop, and the folder whose files ask the same."""
 Told = Iterator[tuple[str, Event]]
 """(a member's name, what becomes of it)."""
 FILE = "cast.toml"
@@ -52,14 +56,14 @@ def train(runs: Runs, base: Base, stop: Stop | None = None, asked: Path | None =
         check_optimizer(settled)
         trackers.append(Trackers(settled.train.trackers, settled.name, out / "trackers"))
     with contextlib.ExitStack() as stack:
-        loaded, jobs, said = _settle(runs, base, accelerator, dtype, stack)
+        loaded, planned, jobs, said = _settle(runs, base, accelerator, dtype, stack)
         timing, members = estimate.pace_name(runs[0][0], loaded), []
         for one, tracker in zip(jobs, trackers, strict=True):
             own = stop if len(jobs) == 1 else Stop(above=stop)
             members.append(Member(one, own, stack.enter_context(tracker), Log(one.out / "events.jsonl")))
         for member, events in zip(members, said, strict=True):
             yield from follow(member, events)
-        told = _together(members, loaded, accelerator, stop, asked)
+        told = _together(members, Setup(loaded, Bank(loaded.components), [], planned.samples), planned, accelerator, (stop, asked))
         del loaded  # what tells makes room once it is trained
         yield from told
         for error in (member.error for member in members if member.error):
@@ -70,18 +74,27 @@ def train(runs: Runs, base: Base, stop: Stop | None = None, asked: Path | None =
 
 def _settle(
     runs: Runs, base: Base, accelerator: Accelerator, dtype: torch.dtype, stack: contextlib.ExitStack
-) -> tuple[Family, list[Job], list[list[Event]]]:
-    """The loaded base, the runs once they are known to suit it, in folders that are theirs, and what is to be said of each first."""
+) -> tuple[Family, Plan, list[Job], list[list[Event]]]:
+    """The base and the plan by which it lies in memory; the runs, once they are known to suit it, in folders that are theirs; and what is
+    to be said of each first."""
     began = time.time()
     unlocked = [stack.enter_context(lock.held(out)) for _, out in runs]
     kept = [store.usual(out / "cache") for _, out in runs]
     found = [ledger.read_dataset(settled, out / "cache", own) for (settled, out), own in zip(runs, kept, strict=True)]
-    loaded = family.load(base, accelerator.device, dtype)
+    attention = devices.attention(runs[0][0].train.attention, accelerator.device, dtype)
+    loaded = family.load(base, torch.device("cpu"), dtype)
+    fitted = [ledger.fit_dataset(pictures, settled, loaded) for pictures, (settled, _) in zip(found, runs, strict=True)]
+    measured = [memory(run, loaded, pieces(run, loaded), dataset) for (run, _), dataset in zip(runs, fitted, strict=True)]
+    planned = plan.choose(runs[0][0].train, plan.together(measured), devices.free_bytes(accelerator.device))
+    loaded.place(accelerator.device, planned.weights)
+    loaded.blocks(family.RECOMPUTED if planned.checkpointing else None)
+    loaded.attend(attention)
+    first = [f"attention by {attention}", planned.line()]
     jobs, said, heard = list[Job](), list[list[Event]](), list[list[str]]()
-    for (settled, out), pictures, own in zip(runs, found, kept, strict=True):
-        dataset = ledger.fit_dataset(pictures, settled, loaded)
+    for (settled, out), dataset, own, size in zip(runs, fitted, kept, measured, strict=True):
         suited, told = check_objective(settled, loaded, dataset, own)
-        jobs.append(Job(suited, loaded.base, out, began, dataset, pieces(suited, loaded), own))
+        parts = size.parts(planned.weights, planned.checkpointing)
+        jobs.append(Job(suited, loaded.base, out, began, dataset, pieces(suited, loaded), own, parts))
         heard.append(told)
     for one, told, warned in zip(jobs, heard, unlocked, strict=True):
         if one.base != loaded.base:  # it was measured on each one's own pictures
@@ -89,24 +102,27 @@ def _settle(
             raise UserError("E-OBJ-02", what, one.settled.name, "set objective.kind, and probe=off, alike for all")
         warnings = [warned] * bool(warned) + told + doubts(one.settled, loaded, one.pieces)
         changes = job.check_folder(one.settled, one.out)
-        said.append([Event("note", text) for text in changes] + [Event("warning", text) for text in warnings])
+        said.append([Event("note", text) for text in [*first, *changes]] + [Event("warning", text) for text in warnings])
     for one in jobs:
         job.prepare_folder(one.settled, one.out, accelerator.device)
-    return loaded, jobs, said
+    return loaded, planned, jobs, said
 
 
-def _together(members: Sequence[Member], loaded: Family, accelerator: Accelerator, stop: Stop, asked: Path | None) -> Told:
+def _together(members: Sequence[Member], setup: Setup, planned: Plan, accelerator: Accelerator, asking: Asking) -> Told:
     """From the pictures to the packs."""
+    stop = asking[0]
     for member in members:
-        yield from follow(member, job.prepare(member, loaded))
-    setup = Setup(loaded, Bank(loaded.components), [])
+        yield from follow(member, job.prepare(member, setup.family))
     if len(members) > 1:
         for event in room(members, setup):  # of all, and so in nobody's log
             yield members[0].job.settled.name, event
     for member in going(members):
         yield from follow(member, job.start(member, setup, accelerator))
     level(going(members))
-    yield from _steps(going(members), setup, stop, asked)
+    if setup.family.device.type == "cuda":
+        talking = any(speaks(one.job.pieces, one.job.dataset.account.used, one.job.settled) for one in going(members))
+        setup.family.lay_aside(idle(setup.family, talking))
+    yield from _steps(going(members), setup, planned, asking)
     stopped = [member for member in going(members) if given(member.course).stopped]
     ended = [member for member in going(members) if member not in stopped]
     if stop.stopping and stopped:  # whose training has ended is finished when all go on
@@ -116,7 +132,7 @@ def _together(members: Sequence[Member], loaded: Family, accelerator: Accelerato
     base = members[0].job.base
     for member in members:
         member.course = None
-    del loaded, setup  # the base is loaded again in the precision of pictures: make room
+    del setup  # the base is loaded again in the precision of pictures: make room
     accelerator.free_memory()
     if ended:
         studio = Studio.open(base)
@@ -127,7 +143,7 @@ def _together(members: Sequence[Member], loaded: Family, accelerator: Accelerato
 def room(members: Sequence[Member], setup: Setup) -> Iterator[Event]:
     """Say what memory all of them take, and fill the forward passes with what fits. A resumed cast keeps what its checkpoints say."""
     jobs = [member.job for member in members]
-    parts = [estimate.memory(one.settled, setup.family, one.pieces, list(one.dataset.buckets)) for one in jobs]
+    parts = [one.memory for one in jobs]
     samples = sum(given(one.settled.train.batch_size) for one in jobs)
     total, at_once = estimate.side_by_side(parts, samples, devices.free_bytes(setup.family.device))
     if not any(state.steps(one.out) for one in jobs):
@@ -137,13 +153,18 @@ def room(members: Sequence[Member], setup: Setup) -> Iterator[Event]:
     yield Event("note", f"{what}; {passes}", data={"bytes": total})
 
 
-def _steps(members: Sequence[Member], setup: Setup, stop: Stop, asked: Path | None) -> Told:
+def _steps(members: Sequence[Member], setup: Setup, planned: Plan, asking: Asking) -> Told:
     """The training of all; whoever is through, breaks or is stopped leaves the others to go on."""
+    (stop, asked), device, told = asking, setup.family.device, False
     with stop.gently():
+        devices.forget_peak(device)
         for member in members:
             yield from follow(member, given(member.course).begin())
         try:
             for trained in steps(setup):
+                if not told and (peak := devices.peak_bytes(device)):
+                    yield from follow(members[0], [Event("note", planned.compared(peak), data={"peak": peak, "counted": planned.peak})])
+                told = True
                 if asked:
                     stop.look(asked)
                     stop.pass_on([member.stop for member in members])

@@ -121,6 +121,18 @@ class Train(Settings):
     """Gradients are scaled down to this norm when they exceed it."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None
     """Arithmetic of the frozen base; the adapter's own weights are always fp32. auto: bf16 where the hardware computes in it."""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Keep only the inputs of the base's blocks for the backward pass, which computes them again: far less memory for a third more time,
+    and the same result. auto: where the run would not fit into memory otherwise."""
+    base_weights: Literal["full", "8bit", "nf4", "auto"] = "full"
+    """How the large frozen layers of the base are held while it is trained on: in the run's precision, in 8 bits, or in 4 (QLoRA). The
+    adapter learns against the rounded base; its pack is for the full one. auto: as few bits as it takes to fit into memory, and no fewer;
+    with `full` nothing is ever rounded."""
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    """Whose kernels compute attention: torch's own (sdpa) or xformers'. auto: torch's, unless none runs here that saves memory and one of
+    xformers' does."""
+    memory_gb: Annotated[float, Field(ge=0)] = 0.0
+    """Memory in which the run is to fit, in GB of 10^9 bytes; 0: what a CUDA card has free, and on other devices no limit."""
     save_every: Count | None = None
     """Steps between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 3

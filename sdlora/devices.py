@@ -1,7 +1,11 @@
 """Where a run computes and in which precision; accelerate brings the device, the processes and the fp16 gradient scaler."""
 
+import importlib
+from collections.abc import Callable
+
 import torch
 from accelerate import Accelerator
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdlora.errors import UserError
 
@@ -34,6 +38,53 @@ def for_pictures() -> tuple[torch.device, torch.dtype]:
 def free_bytes(device: torch.device) -> int | None:
     """Memory that nothing holds yet, where the device says it."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def forget_peak(device: torch.device) -> None:
+    """Measure from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most bytes that tensors took at once since then, where the device says it."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Whose kernels compute attention here: `sdpa`, torch's own, or `xformers`. Each is tried, as a version that is installed may not run.
+
+    auto: torch's where one of its kernels runs that keep no attention matrix, else xformers if that does. Raises `UserError` where
+    xformers is asked for and does not run.
+    """
+    if wanted == "sdpa" or (wanted == "auto" and _runs(_fused, device, dtype) is None):
+        return "sdpa"
+    problem = _runs(_xformers, device, dtype)
+    if problem is None:
+        return "xformers"
+    if wanted == "xformers":
+        what = f"xformers computes no attention on this {device.type} in {str(dtype).removeprefix('torch.')}: {problem}"
+        raise UserError("E-CONF-11", what, "train.attention", 'set it to auto; or install it: pip install "sdlora[cuda]"')
+    return "sdpa"
+
+
+def _fused(q: torch.Tensor) -> None:
+    heads = q.transpose(1, 2)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
+        torch.nn.functional.scaled_dot_product_attention(heads, heads, heads).sum().backward()  # type: ignore[no-untyped-call]
+
+
+def _xformers(q: torch.Tensor) -> None:
+    importlib.import_module("xformers.ops").memory_efficient_attention(q, q, q).sum().backward()
+
+
+def _runs(operator: Callable[[torch.Tensor], None], device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an operator does not run, forward and backward; None: it does. Queries (B, N, heads, d), as wide as these networks' are."""
+    try:
+        operator(torch.zeros(1, 64, 2, 64, device=device, dtype=dtype, requires_grad=True))
+    except (ImportError, RuntimeError, NotImplementedError, ValueError, AttributeError, OSError) as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+    return None
 
 
 def _device() -> torch.device:

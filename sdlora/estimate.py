@@ -3,14 +3,15 @@
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdlora import devices
-from sdlora.adapter import Bank, Piece
+from sdlora import devices, quantise
+from sdlora.adapter import Bank, Piece, Route
 from sdlora.config import Run
 from sdlora.data.buckets import Size
 from sdlora.data.store import Store
@@ -21,39 +22,68 @@ TRAINED_BYTES = 16
 """Of each number trained: itself, its gradient and AdamW's two moments, all float32."""
 
 
-def totals(run: Run, family: Family, pieces: Mapping[str, Piece], sizes: Sequence[Size], store: Store) -> dict[str, Any]:
-    """The estimates as the ledger's totals have them; `pieces` are what the run adapts. Unknown seconds are None."""
+@dataclass(frozen=True)
+class Measured:
+    """What a run would hold on its device, in bytes, by the measures that can be taken."""
+
+    weights: Mapping[str, int]  # the base's, as `train.base_weights` has them
+    adapter: int  # what is trained
+    activations: int  # kept of a sample for the backward pass
+    checkpointed: int  # the same under gradient checkpointing: the inputs of all blocks, and all of the largest one
+    samples: int  # of a batch
+
+    def parts(self, weights: str = "full", checkpointing: bool = False, samples: int = 0) -> dict[str, int]:
+        """The bytes under these measures, and their sum; with so many samples in a forward pass, or a batch of them."""
+        activations = (samples or self.samples) * (self.checkpointed if checkpointing else self.activations)
+        parts = {"base": self.weights[weights], "adapter": self.adapter, "activations": activations}
+        return {**parts, "total": sum(parts.values())}
+
+
+def seconds(run: Run, family: Family, store: Store) -> float | None:
+    """What the steps of a run will take, if that is known."""
     assert run.train.steps is not None
     pace = known_pace(pace_name(run, family), store)
-    return {"memory_bytes": memory(run, family, pieces, sizes), "seconds": None if pace is None else round(pace * run.train.steps, 1)}
+    return None if pace is None else round(pace * run.train.steps, 1)
 
 
-def memory(run: Run, family: Family, pieces: Mapping[str, Piece], sizes: Sequence[Size]) -> dict[str, int]:
+def memory(run: Run, family: Family, pieces: Mapping[str, Piece], sizes: Sequence[Size], away: Collection[str] = ()) -> Measured:
     """Bytes of the tensors that training holds on its device at the end of a forward; libraries and what kernels borrow come on top.
 
     What is kept for the backward pass grows with a picture's area alone, as no attention matrix is kept. Two small forwards of one
-    sample, through an adapter that is put on for them, so tell it for any size.
+    sample, through an adapter that is put on for them, so tell it for any size. The base has its full weights, and is of no particular
+    device; the parts called `away` do not lie on the run's.
     """
     assert run.train.batch_size is not None
     dtype = devices.chosen(run.train.precision or "auto")[1]
+    weights = {how: weight_bytes(family, dtype, how, away) for how in ("full", *quantise.BLOCKS)}
+    loaded = next(iter(family.components["unet"].parameters())).dtype
     bank = Bank(family.components)
-    frozen = {id(p): p for module in family.parts().values() for p in module.parameters()}
-    inner = {id(p): p for module in family.components.values() for p in module.parameters()}
     bank.add(run.name, pieces, lambda dotted: stream(run.seed, f"init/{dotted}"))
     try:
         trained = sum(p.numel() for p in bank.parameters(run.name).values())
-        bank.use({run.name: 1.0})
+        bank.route = Route(torch.ones(1, device=family.device))
         one, two = (_kept(family, (count * family.step_px, family.step_px)) for count in (1, 2))
     finally:
         bank.eject()
     area = max(width * height for width, height in sizes) / family.step_px**2
-    share = dtype.itemsize / next(iter(inner.values())).dtype.itemsize  # of the precision that the base was loaded in
-    parts = {
-        "base": sum(p.numel() * (dtype.itemsize if i in inner else p.element_size()) for i, p in (frozen | inner).items()),
-        "adapter": TRAINED_BYTES * trained,
-        "activations": round(share * run.train.batch_size * (one + (area - 1) * (two - one))),
-    }
-    return {**parts, "total": sum(parts.values())}
+    kept = one.at(area, two)
+    share = dtype.itemsize / loaded.itemsize  # of the precision that the base was loaded in
+    checkpointed = round(share * (kept.outside + max(kept.inside, default=0)))
+    return Measured(weights, TRAINED_BYTES * trained, round(share * kept.plain), checkpointed, run.train.batch_size)
+
+
+def weight_bytes(family: Family, dtype: torch.dtype, how: str, away: Collection[str] = ()) -> int:
+    """Bytes of a base's weights, those of its components in `dtype`, or packed where that is asked and can be."""
+    found = 0
+    for name, module in family.parts().items():
+        if name in away:
+            continue
+        inner = family.components.get(name)
+        size = dtype.itemsize if inner is not None else torch.float32.itemsize
+        layers = quantise.chosen(inner) if inner is not None and how != "full" else {}
+        packed = [layer.weight.numel() for layer in layers.values()]
+        found += size * (sum(p.numel() for p in module.parameters()) - sum(packed)) + sum(quantise.packed_bytes(n, how) for n in packed)
+    return found
 
 
 def side_by_side(parts: Sequence[Mapping[str, int]], samples: int, free: int | None) -> tuple[int, int]:
@@ -66,20 +96,54 @@ def side_by_side(parts: Sequence[Mapping[str, int]], samples: int, free: int | N
     return total, max(1, int(samples * max(0.0, 0.7 * free - adapters) / activations))
 
 
-def _kept(family: Family, size: Size) -> int:
+@dataclass(frozen=True)
+class Kept:
     """Bytes that a forward of one sample keeps for the backward pass, beside weights."""
-    weights = {p.untyped_storage().data_ptr() for module in family.components.values() for p in module.parameters()}
-    kept: dict[int, Tensor] = {}
+
+    plain: float  # all of them
+    outside: float  # those that no block keeps, and the inputs of blocks
+    inside: tuple[float, ...]  # what each block keeps beside
+
+    def at(self, area: float, two: "Kept") -> "Kept":
+        """For so many times the area; `two` is for twice of it."""
+
+        def line(one: float, other: float) -> float:
+            return one + (area - 1) * (other - one)
+
+        inside = tuple(line(*both) for both in zip(self.inside, two.inside, strict=True))
+        return Kept(line(self.plain, two.plain), line(self.outside, two.outside), inside)
+
+
+def _kept(family: Family, size: Size) -> Kept:
+    weights = {p.untyped_storage()._cdata for module in family.components.values() for p in module.parameters()}
+    kept, inputs, inside = dict[int, Tensor](), dict[int, Tensor](), list[set[int]]()
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+        if tensor.untyped_storage()._cdata not in weights:
+            kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
+    def block(function: Any, *given: Any) -> Any:
+        before = set(kept)
+        inputs.update({one.untyped_storage()._cdata: one for one in given if isinstance(one, Tensor)})
+        said = function(*given)
+        inside.append(set(kept) - before - set(inputs))
+        return said
+
     x = torch.zeros(1, family.latent_channels, size[1] // family.latent_factor, size[0] // family.latent_factor, device=family.device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        family.predict(x, torch.zeros(1, dtype=torch.long, device=family.device), family.states(family.tokens([""])))
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    try:
+        family.blocks(block)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            family.predict(x, torch.zeros(1, dtype=torch.long, device=family.device), family.states(family.tokens([""])))
+    finally:
+        family.blocks(None)
+    outside = {**{key: one for key, one in kept.items() if not any(key in own for own in inside)}, **inputs}
+    own = tuple(float(_bytes(kept[key] for key in keys - set(outside))) for keys in inside)
+    return Kept(_bytes(kept.values()), _bytes(outside.values()), own)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def known_pace(name: str, store: Store) -> float | None:

@@ -1,9 +1,12 @@
 """The contract of a model family, and how a base is found by name, folder or hub id."""
 
+import contextlib
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import diffusers
@@ -11,8 +14,10 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sdlora import hub, lookup, vae
+from sdlora import hub, lookup, quantise, vae
 from sdlora.adapter import frozen_layers
 from sdlora.errors import UserError
 from sdlora.ldm import SingleFile
@@ -20,6 +25,8 @@ from sdlora.source import CONVERT, INDEX, PICKLES, WHOLE, Folder, Source, needed
 
 EMBEDDED = Path(__file__).parent / "base"
 LAYOUTS = "name such a folder, a .safetensors checkpoint, a hub id, or tiny"
+RECOMPUTED = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing frozen draws random numbers
+"""A block of which only the inputs are kept for the backward pass, which computes it again."""
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -62,6 +69,8 @@ class Family(ABC):
     base: Base
     components: dict[str, nn.Module]
     """What adapters may sit on, frozen; layer names inside a component are those that packs use."""
+    aside: Mapping[str, nn.Module] = MappingProxyType({})
+    """Parts that lie on the CPU to make room, by name."""
     device: torch.device
     alphas_cumprod: Tensor
     prediction: str
@@ -118,6 +127,47 @@ class Family(ABC):
         """Take the weights for another word on them: what they predict, how texts are read."""
         self.base, self.prediction = base, base.prediction
         self.alphas_cumprod = self.new_scheduler().alphas_cumprod.to(self.device)
+
+    def place(self, device: torch.device, weights: str = "full") -> None:
+        """Move a base that was loaded onto the CPU to where it computes, its large layers packed as `weights` says on the way."""
+        if weights != "full":
+            for component in self.components.values():
+                quantise.pack(component, weights, device)
+        for module in self.parts().values():
+            module.to(device)
+        self.device = device
+        self.take_for(self.base)
+
+    def lay_aside(self, parts: Iterable[str]) -> None:
+        """Keep parts on the CPU until they are asked for something, and after it."""
+        self.aside = {name: self.parts()[name] for name in parts}
+        for module in self.aside.values():
+            module.to("cpu")
+
+    @contextlib.contextmanager
+    def at_hand(self, *parts: str) -> Iterator[None]:
+        """Parts are where the base computes for a while, if they were laid aside."""
+        fetched = [self.aside[name] for name in parts if name in self.aside]
+        for module in fetched:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            for module in fetched:
+                module.to("cpu")
+
+    def attend(self, by: str) -> None:  # noqa: B027
+        """Compute the network's attention by `xformers`; by `sdpa` is how it is loaded."""
+
+    def blocks(self, way: Callable[..., Any] | None) -> None:
+        """Compute the blocks of all components by `way(block, *inputs)` where gradients are asked for; None: as they are.
+
+        transformers asks a layer whether it is in training; only the layer itself is told so, not what drops out numbers inside.
+        """
+        for block in (inner for component in self.components.values() for inner in component.modules()):
+            if hasattr(block, "gradient_checkpointing"):
+                block.gradient_checkpointing, block._gradient_checkpointing_func = way is not None, way  # type: ignore[assignment]
+                block.training = way is not None and isinstance(block, GradientCheckpointingLayer)
 
     def parts(self) -> dict[str, nn.Module]:
         """All that was loaded of the base."""

@@ -130,7 +130,7 @@ def prepare(member: Member, loaded: Family) -> Iterator[Event]:
     yield Event("note", dataset.account.line())
     found = ledger.findings(dataset, settled, loaded)
     table = ledger.ledger(dataset, settled, loaded, found)
-    table["totals"] |= estimate.totals(settled, loaded, job.pieces, list(dataset.buckets), job.kept)
+    table["totals"] |= {"memory_bytes": job.memory, "seconds": estimate.seconds(settled, loaded, job.kept)}
     safeio.write(job.out / "ledger.json", json.dumps(table, indent=1))
     for finding in (one for one in found if one.severity == "warn"):
         yield Event("warning", ledger.said(finding))
@@ -159,7 +159,7 @@ def new_course(job: Job, setup: Setup, stop: Stop) -> Course:
     data = setup.learners[slot].data
     held = [HeldOut(data.latents[i][0][0], tokens[n], data.frames[i][0], items[i].look.digest) for n, i in enumerate(job.dataset.held)]
     names = [job.dataset.account.name(item.path) for item in items]
-    progress = state.Progress(dataset=job.dataset.digest, by=settled.validation.by)
+    progress = state.Progress(at_once=setup.at_once, dataset=job.dataset.digest, by=settled.validation.by)
     asking = partial(judging, settled, job.dataset) if settled.validation.judge else None
     return Course(setup, slot, settled, job.out, names, held, progress, stop, asking=asking)
 

@@ -101,14 +101,25 @@ class LatentDiffusion(Family):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = self.vae.encode(pixels.to(self.device)).latent_dist
+        with self.at_hand("vae"):
+            posterior = self.vae.encode(pixels.to(self.device)).latent_dist
         factor = self.vae.config.scaling_factor
         return posterior.mean * factor, posterior.std * factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        pixels: Tensor = self.vae.decode(latents.float() / self.vae.config.scaling_factor).sample
+        latents = latents.float() / self.vae.config.scaling_factor
+        with self.at_hand("vae"):
+            pixels: Tensor = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+            if self.vae.dtype != torch.float32 and not pixels.isfinite().all():
+                half = self.vae.dtype
+                pixels = self.vae.float().decode(latents).sample
+                self.vae.to(half)
         return pixels
+
+    def attend(self, by: str) -> None:
+        if by == "xformers":
+            self.unet.enable_xformers_memory_efficient_attention()
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         rows = [[self._row(tokenizer, caption) for caption in captions] for tokenizer in self.tokenizers]
@@ -128,11 +139,12 @@ class LatentDiffusion(Family):
         return [*self.tokenizers[0](caption, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping]
 
     def states(self, tokens: Tensor) -> Tensor:
-        said = self.text_encoder(tokens.reshape(-1, self.row_tokens), output_hidden_states=True)
-        states: Tensor = said.last_hidden_state
-        if self.base.text.clip_skip > 1:
-            text: Any = self.components["text_encoder"]
-            states = text.text_model.final_layer_norm(said.hidden_states[-self.base.text.clip_skip])
+        with self.at_hand("text_encoder"):
+            said = self.text_encoder(tokens.reshape(-1, self.row_tokens), output_hidden_states=True)
+            states: Tensor = said.last_hidden_state
+            if self.base.text.clip_skip > 1:
+                text: Any = self.components["text_encoder"]
+                states = text.text_model.final_layer_norm(said.hidden_states[-self.base.text.clip_skip])
         return states.reshape(len(tokens), -1, states.shape[2])
 
     def predict(self, x: Tensor, t: Tensor, states: Tensor, frame: Tensor | None = None) -> Tensor:  # noqa: ARG002

@@ -1,7 +1,7 @@
 """What a run trains: which layers, from which pictures, by which optimizer; and what of it makes no sense."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,18 +11,21 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from sdlora import devices, family, lookup, probe
+from sdlora import devices, estimate, family, lookup, probe
 from sdlora.adapter import Bank, Block, Delta, Piece, Targeted, choose_sites
 from sdlora.config import Run, parse
 from sdlora.data import cache, captions, masks
 from sdlora.data.batches import Prepared
 from sdlora.data.ledger import Dataset
+from sdlora.data.scan import Item
 from sdlora.data.store import Store
 from sdlora.data.variants import frame
 from sdlora.errors import UserError
+from sdlora.estimate import Measured
 from sdlora.family import Base, Family, Reading
 from sdlora.objective import Noising
 from sdlora.optimizer import Optimizing, faster, groups, library
+from sdlora.quantise import numbers
 from sdlora.randomness import stream
 from sdlora.train import Goal, Learner
 
@@ -47,6 +50,7 @@ class Job:
     dataset: Dataset
     pieces: dict[str, Piece]  # what is put on which layers
     kept: Store = field(default_factory=Store)  # what earlier runs computed
+    memory: dict[str, int] = field(default_factory=dict)  # bytes that its training was counted to hold
 
 
 def base_of(settled: Run) -> Base:
@@ -108,6 +112,7 @@ def check_optimizer(settled: Run) -> None:
     """Whether the optimizer is there, and can do what it is to do."""
     own, rates = optimizing(settled), (given(settled.train.lr), given(settled.train.text_encoder_lr))
     library(own)
+    own.check()
     ratio, adapter = settled.train.lora_plus_ratio, targeted(settled).kind
     if own.finds_its_rate and rates[1] not in (rates[0], 0):
         what = f"{own.kind} finds one rate for all, and train.lr = {rates[0]:g} is not train.text_encoder_lr = {rates[1]:g}"
@@ -156,6 +161,23 @@ def is_text(name: str) -> bool:
     return name.startswith("text_encoder")
 
 
+def memory(settled: Run, loaded: Family, put: Mapping[str, Piece], dataset: Dataset) -> Measured:
+    """What the run would hold on its device."""
+    device = devices.chosen(settled.train.precision or "auto")[0]
+    away = idle(loaded, speaks(put, dataset.account.used, settled)) if device.type == "cuda" else []
+    return estimate.memory(settled, loaded, put, list(dataset.buckets), away)
+
+
+def speaks(put: Iterable[str], items: Sequence[Item], settled: Run) -> bool:
+    """Whether training asks the text encoders in each step: if they are adapted, or captions differ from sample to sample."""
+    return captions.vary(items, settled.data) or any(is_text(name) for name in put)
+
+
+def idle(loaded: Family, speaking: bool) -> list[str]:
+    """The parts of a base that training does not ask once latents, and texts unless they are `speaking`, are computed."""
+    return [name for name in loaded.parts() if name == "vae" or (is_text(name) and not speaking)]
+
+
 def new_learner(job: Job, loaded: Family, bank: Bank, accelerator: Accelerator, latents: Latents) -> Learner:
     """Put a fresh adapter on the bank, with its data and optimizer."""
     settled, train = job.settled, job.settled.train
@@ -191,7 +213,7 @@ def prepared(job: Job, loaded: Family, latents: Latents) -> Prepared:
     said, kept = [*itertools.chain.from_iterable(job.dataset.captions)], given(settled.data.prior_prompts)
     text = loaded.tokens([*said, *kept, ""])
     varying = captions.vary(items, settled.data)
-    if not varying and not any(name.startswith("text_encoder") for name in job.pieces):
+    if not speaks(job.pieces, items, settled):
         text = cache.states(text, loaded, job.kept)
 
     def final(picture: int, number: int) -> Tensor:
@@ -256,7 +278,7 @@ def doubts(settled: Run, loaded: Family, pieces: Mapping[str, Piece]) -> list[st
     found, large = [], []
     for dotted, (kind, config) in pieces.items():
         own = sum(p.numel() for p in kind.Adapter(layers[dotted], config, stream(0, "size")).parameters())
-        whole = sum(p.numel() for p in layers[dotted].parameters(recurse=kind.Adapter.merges is False))
+        whole = numbers(layers[dotted], recurse=kind.Adapter.merges is False)
         large += [(dotted, own / whole)] if own > whole and not kind.Adapter.shared else []
     if len(large) == len(pieces) and min(share for _, share in large) > 2:  # a rank as large as a layer's smaller side gives 2 at most
         what = f"on each of its layers the adapter holds over twice as many numbers as the layer itself ({large[0][0]})"
@@ -275,7 +297,7 @@ def doubts(settled: Run, loaded: Family, pieces: Mapping[str, Piece]) -> list[st
 def adapted(bank: Bank, settled: Run, loaded: Family) -> tuple[str, list[dict[str, Any]]]:
     """What is trained: a sentence, and by part of the base its layers, ranks, parameters, their share of that part, learning rates."""
     ours = sum(p.numel() for p in bank.parameters(settled.name).values())
-    whole = sum(p.numel() for module in loaded.components.values() for p in module.parameters()) - ours
+    whole = sum(numbers(module) for module in loaded.components.values()) - ours
     frozen = next(p for module in loaded.components.values() for p in module.parameters() if not p.requires_grad)
     where = f"on {loaded.device.type} in {str(frozen.dtype).removeprefix('torch.')}"
     deltas, rates = [*bank.deltas(settled.name)], peak_rates(settled, loaded)
@@ -284,7 +306,7 @@ def adapted(bank: Bank, settled: Run, loaded: Family) -> tuple[str, list[dict[st
         by_part.setdefault(part_of(dotted), []).append((dotted, delta))
     for part, put in by_part.items():
         trained = sum(p.numel() for _, delta in put for p in delta.parameters())
-        base = sum(p.numel() for name, p in _parameters(loaded) if part_of(name) == part) - trained
+        base = sum(count for name, count in _numbers(loaded) if part_of(name) == part) - trained
         ranks = sorted({int(size) for _, delta in put if isinstance(size := getattr(delta, "rank", None), int)})
         lrs = sorted({rates[dotted] for dotted, _ in put})
         rows.append({"part": part, "layers": len(put), "ranks": ranks, "parameters": trained, "share": trained / base, "lr": lrs})
@@ -305,5 +327,6 @@ def part_of(dotted: str) -> str:
     return component if is_text(dotted) else f"{component} {block if block in ('down', 'mid', 'up') else 'around'}"
 
 
-def _parameters(loaded: Family) -> list[tuple[str, nn.Parameter]]:
-    return [(f"{part}.{name}", p) for part, module in loaded.components.items() for name, p in module.named_parameters()]
+def _numbers(loaded: Family) -> list[tuple[str, int]]:
+    named = [(f"{part}.{name}", inner) for part, module in loaded.components.items() for name, inner in module.named_modules()]
+    return [(name, numbers(inner, recurse=False)) for name, inner in named]

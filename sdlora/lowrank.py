@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sdlora.adapter import Block, Delta, Targeted
+from sdlora.adapter import Block, Delta, Targeted, shape_of
 
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 Init = Literal["kaiming", "gaussian", "orthogonal"]
@@ -66,11 +66,11 @@ class Factors(Delta):
         super().__init__()
         assert config.rank is not None
         assert config.alpha is not None
-        weight = layer.get_parameter("weight")
+        shape, device = shape_of(layer), layer.get_parameter("weight").device
         self.rank = config.rank
         self.alpha = config.alpha * (config.rank**0.5 if config.rank_stabilised else 1)  # all readers of packs divide by the rank
-        self.down = nn.Parameter(started(config.init, (config.rank, *weight.shape[1:]), rng).to(weight.device))
-        self.up = nn.Parameter(torch.zeros(len(weight), config.rank, *[1] * (weight.ndim - 2), device=weight.device))
+        self.down = nn.Parameter(started(config.init, (config.rank, *shape[1:]), rng).to(device))
+        self.up = nn.Parameter(torch.zeros(shape[0], config.rank, *[1] * (len(shape) - 2), device=device))
 
     @property
     def scale(self) -> float:

@@ -29,6 +29,9 @@ class Optimizing(Settings):
     finds_its_rate: ClassVar[bool] = False
     """Whether it finds the learning rate itself, one for all parameters; the rates that are set are factors on it."""
 
+    def check(self) -> None:
+        """Raise `UserError` where it cannot run on this machine."""
+
 
 class Moments(Optimizing):
     """What Adam's descendants have to set beside."""

@@ -24,7 +24,7 @@ def test_runs_side_by_side_share_the_base_and_fill_what_is_free() -> None:
 
 def activations(loaded: Family, base: Path, side: int, batch: int = 1, **changes: Any) -> int:
     run = small.settled(base, base, train__batch_size=batch, **changes)
-    return estimate.memory(run, loaded, learners.pieces(run, loaded), [(side // 2, side), (side, side)])["activations"]
+    return estimate.memory(run, loaded, learners.pieces(run, loaded), [(side // 2, side), (side, side)]).parts()["activations"]
 
 
 def counted(loaded: Family, base: Path, side: int) -> int:
@@ -35,7 +35,7 @@ def counted(loaded: Family, base: Path, side: int) -> int:
     bank.use({"mira": 1.0})
     found = estimate._kept(loaded, (side, side))
     bank.eject()
-    return found
+    return round(found.plain)
 
 
 def test_memory_is_what_is_counted_at_the_runs_own_size(loaded: Family, base: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_network_that_keeps_attention_matrices_would_be_noticed(loaded: Family
 def test_weights_are_counted_once_and_the_base_is_left_as_it_was(loaded: Family, base: Path) -> None:
     before = small.modules(loaded)
     run = small.settled(base, base)
-    parts = estimate.memory(run, loaded, learners.pieces(run, loaded), [(32, 32)])
+    parts = estimate.memory(run, loaded, learners.pieces(run, loaded), [(32, 32)]).parts()
     assert small.modules(loaded) == before
     assert parts["total"] == sum(parts[name] for name in ("base", "adapter", "activations"))
     files = sum(path.stat().st_size for path in base.rglob("*.safetensors"))

@@ -106,7 +106,7 @@ def test_it_goes_down(name: str) -> None:
 def test_every_setting_of_an_optimizer_changes_its_steps(name: str) -> None:
     usual = advance(learner(name), range(25))
     assert same(usual, advance(learner(name), range(25)))
-    for setting in lookup.find("optimizers", name).Config.model_fields.keys() - {"kind"}:
+    for setting in lookup.find("optimizers", name).Config.model_fields.keys() - {"kind", "paged"}:
         assert not same(advance(learner(name, **{setting: CHANGES[setting]}), range(25)), usual), setting
 
 
@@ -145,6 +145,20 @@ def test_a_missing_package_is_named_before_anything_is_written(
     with pytest.raises(UserError, match=r'E-OPT-01.*not_installed_here.*pip install "sdlora\[optim\]"'):
         list(api.train(small.settled(squares, base, optimizer__kind="prodigy"), tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_pages_need_a_card(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = pytest.importorskip("bitsandbytes")
+    run = small.settled(squares, base, optimizer__kind="adamw8bit", optimizer__paged=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"E-OPT-04.*no CUDA card"):
+        list(api.train(run, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    module, parts = lookup.find("optimizers", "adamw8bit"), groups([({"a": nn.Parameter(torch.zeros(2))}, 1.0)])
+    for paged, kind in ((True, "PagedAdamW8bit"), (False, "AdamW8bit")):
+        made = module.new(parts, module.Config(paged=paged))
+        assert isinstance(made, getattr(library.optim, kind))
+        assert made.is_paged == paged
 
 
 def test_what_finds_its_rate_has_one_for_all(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,18 @@
-"""The true models' size and cost, counted on tensors without memory: what a change of ours, or of diffusers, would do to every step."""
+"""The true models' size, cost and memory, counted on tensors without memory: what a change, ours or of diffusers, would do to each step."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import bases
 import pytest
+import small
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+from sdlora import estimate, learners, lookup, plan
 
 TFLOP = 1e12
 XL = "Stable Diffusion XL, 1024 px, 77 tokens"
@@ -29,3 +37,50 @@ def test_the_true_network_costs_what_was_counted(name: str) -> None:
         assert counter.get_total_flops() / TFLOP == pytest.approx(forward, rel=2e-3)
         said.sum().backward()
     assert counter.get_total_flops() / TFLOP == pytest.approx(both, rel=2e-3)
+
+
+GIB = 2**30
+MOST = {  # GiB that a plan counts at most, batch 1, all attention, rank 16, blocks computed again; by how the weights are held
+    ("sd1", 512): {"full": 2.3},
+    ("sdxl", 1024): {"full": 6.5, "8bit": 4.4, "nf4": 3.5},
+}
+
+
+def without_memory(name: str) -> Any:
+    """The true network of a family, bf16, on the meta device; of its text encoders there is only what the network is told."""
+    config, rows = (bases.TRUE_SDXL, 78) if name == "sdxl" else ({"cross_attention_dim": 768, "attention_head_dim": 8}, 77)
+    true = next(
+        one
+        for one in vars(lookup.find("families", name)).values()
+        if getattr(one, "cross_attention_dim", 0) and one.__module__.endswith(name)
+    )
+
+    class Sized(true):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            self.device = torch.device("meta")
+            with self.device:
+                self.unet = UNet2DConditionModel(**config).to(torch.bfloat16).requires_grad_(False)
+            self.components = {"unet": self.unet}
+            self.latent_channels, self.latent_factor, self.step_px = 4, 8, 8 * 2 ** (len(self.unet.config.block_out_channels) - 1)
+            self.text_encoder_2 = SimpleNamespace(config=SimpleNamespace(projection_dim=1280))
+
+        def tokens(self, captions: Any) -> Any:
+            return captions
+
+        def states(self, tokens: Any) -> Tensor:
+            return torch.empty(len(tokens), rows, config["cross_attention_dim"], device="meta", dtype=torch.bfloat16)
+
+    return Sized()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "side"), MOST)
+def test_the_true_network_is_counted_to_fit(name: str, side: int, base: Path) -> None:
+    family = without_memory(name)
+    run = small.settled(base, base, adapter__rank=16, adapter__targets=["attention"], train__batch_size=1, train__precision="bf16",
+                        train__text_encoder_lr=0.0)  # fmt: skip
+    measured = estimate.memory(run, family, learners.pieces(run, family), [(side, side)])
+    for weights, most in MOST[name, side].items():
+        found = plan.Plan(weights, True, 0, measured.parts(weights, True), None)
+        assert most / 2 < found.peak / GIB <= most, weights
+        assert found.peak + 2 * measured.checkpointed < plan.Plan(weights, False, 0, measured.parts(weights), None).peak, "the control"

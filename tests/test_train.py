@@ -506,6 +506,10 @@ ELSEWHERE = {  # which test shows it
     "train.cycles": "test_schedule: schedules have their closed forms",
     "train.decay_share": "test_schedule: schedules have their closed forms",
     "train.warmup_share": "test_schedule: a warm-up may be a share of the steps",
+    **dict.fromkeys(
+        ["train.gradient_checkpointing", "train.base_weights", "train.memory_gb", "train.attention"],
+        "test_plan: the settings decide which measures are taken",
+    ),
     "train.save_every": "test_resume: what may change is said",
     "train.keep_checkpoints": "test_resume: the newest checkpoints are kept",
     "train.log_every": "test_train: the loss is read as often as is set",

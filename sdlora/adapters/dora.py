@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdlora.adapter import is_linear
+from sdlora.adapter import is_linear, weight_of
 from sdlora.lowrank import Factored, Factors
 
 AXES = {"out": 0, "in": 1}
@@ -38,10 +38,10 @@ class Adapter(Factors):
         super().__init__(layer, config, rng)
         self.constant_norm = config.constant_norm
         self.axis = AXES[config.axis]
-        self.magnitude = nn.Parameter(lengths(layer.get_parameter("weight").detach().to(self.down.dtype), self.axis))
+        self.magnitude = nn.Parameter(lengths(weight_of(layer).to(self.down.dtype), self.axis))
 
     def difference(self, layer: nn.Module) -> Tensor:
-        weight = layer.get_parameter("weight").detach().to(self.down.dtype)
+        weight = weight_of(layer).to(self.down.dtype)
         turned = weight + super().difference(layer)
         norm = lengths(turned.detach() if self.constant_norm else turned, self.axis)
         return self.magnitude / norm.clamp(min=torch.finfo(norm.dtype).tiny) * turned - weight  # a weight of zeros stays one

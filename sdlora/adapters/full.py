@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdlora.adapter import Delta, Targeted, applied, is_linear
+from sdlora.adapter import Delta, Targeted, applied, is_linear, shape_of
+from sdlora.errors import UserError
+from sdlora.quantise import Quantised
 
 
 class Config(Targeted):
@@ -34,7 +36,10 @@ class Adapter(Delta):
 
     def __init__(self, layer: nn.Module, config: Config, rng: np.random.Generator) -> None:
         super().__init__()
-        self.diff = nn.Parameter(torch.zeros_like(layer.get_parameter("weight"), dtype=torch.float32))
+        if isinstance(layer, Quantised):
+            what = "full fine-tuning takes many times the memory that weights of fewer bits save"
+            raise UserError("E-QUANT-03", what, "adapter.kind", "set train.base_weights to full, or choose another kind of adapter")
+        self.diff = nn.Parameter(torch.zeros(shape_of(layer), device=layer.get_parameter("weight").device))
         self.names = ("w_norm", "b_norm") if is_norm(layer) else ("diff", "diff_b")
         self.biases: Sequence[int] | None = None if layer.bias is None else tuple(layer.get_parameter("bias").shape)
         self.register_parameter("diff_b", None)

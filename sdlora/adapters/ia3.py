@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdlora.adapter import Delta, Targeted, applied, is_linear
+from sdlora.adapter import Delta, Targeted, is_linear, product, shape_of, weight_of
 
 
 class Config(Targeted):
@@ -32,13 +32,13 @@ class Adapter(Delta):
 
     def __init__(self, layer: nn.Module, config: Config, rng: np.random.Generator) -> None:
         super().__init__()
-        weight = layer.get_parameter("weight")
-        self.sizes, self.ones = weight.shape[:2], [1] * (weight.ndim - 2)  # (out, in)
+        shape, device = shape_of(layer), layer.get_parameter("weight").device
+        self.sizes, self.ones = shape[:2], [1] * (len(shape) - 2)  # (out, in)
         self.on_input = config.side == "in"
-        self.vector = nn.Parameter(torch.zeros(self.sizes[self.on_input], device=weight.device))
+        self.vector = nn.Parameter(torch.zeros(self.sizes[self.on_input], device=device))
 
     def difference(self, layer: nn.Module) -> Tensor:
-        weight = layer.get_parameter("weight").detach().to(self.vector.dtype)
+        weight = weight_of(layer).to(self.vector.dtype)
         along = [1] * weight.ndim
         along[self.on_input] = -1  # axis 0 or 1
         return weight * self.vector.view(along)
@@ -46,7 +46,7 @@ class Adapter(Delta):
     def change(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         vector = self.vector.to(x.dtype).view(-1, *self.ones)
         if self.on_input:
-            return applied(layer, x * vector, layer.get_parameter("weight"))
+            return product(layer, x * vector)
         bias = layer.bias
         return vector * (y if bias is None else y - bias.view(-1, *self.ones))  # type: ignore[operator]
 

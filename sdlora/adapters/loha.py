@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdlora.adapter import Delta, is_linear
+from sdlora.adapter import Delta, is_linear, shape_of
 from sdlora.lowrank import Ranked, alpha_of
 
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -34,18 +34,18 @@ class Adapter(Delta):
         super().__init__()
         assert config.rank is not None
         assert config.alpha is not None
-        weight = layer.get_parameter("weight")
-        self.alpha, self.rank, self.sides = config.alpha, config.rank, (len(weight), weight[0].numel())
+        shape, device = shape_of(layer), layer.get_parameter("weight").device
+        self.alpha, self.rank, self.sides = config.alpha, config.rank, (shape[0], shape[1:].numel())
         for name, deviation in DEVIATIONS.items():
             values = (deviation * rng.standard_normal(self.shape(name))).astype(np.float32)
-            self.register_parameter(name, nn.Parameter(torch.from_numpy(values).to(weight.device)))
+            self.register_parameter(name, nn.Parameter(torch.from_numpy(values).to(device)))
 
     def shape(self, name: str) -> tuple[int, int]:
         return (self.sides[0], self.rank) if name.endswith("a") else (self.rank, self.sides[1])
 
     def difference(self, layer: nn.Module) -> Tensor:
         w1_a, w1_b, w2_a, w2_b = (self.get_parameter(name) for name in FACTORS)
-        return (self.alpha / self.rank * (w1_a @ w1_b) * (w2_a @ w2_b)).view(layer.get_parameter("weight").shape)
+        return (self.alpha / self.rank * (w1_a @ w1_b) * (w2_a @ w2_b)).view(shape_of(layer))
 
     def tensors(self) -> dict[str, Tensor]:
         return {**dict(self.named_parameters()), "alpha": torch.tensor(float(self.alpha))}

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sdlora.adapter import Delta, is_linear
+from sdlora.adapter import Delta, is_linear, shape_of
 from sdlora.lowrank import Ranked, alpha_of, started
 
 FORMS = [{*first, *second} for first, second in product(*([[f"lokr_{w}"], [f"lokr_{w}_a", f"lokr_{w}_b"]] for w in ("w1", "w2")))]
@@ -43,10 +43,10 @@ class Adapter(Delta):
         super().__init__()
         assert config.rank is not None
         assert config.alpha is not None
-        weight, rank = layer.get_parameter("weight"), config.rank
-        self.alpha, self.rank, self.whole = config.alpha, rank, weight.shape
-        (a, b), (c, d) = split(weight.shape[0], config.factor), split(weight.shape[1], config.factor)
-        kernel = weight.shape[2:]
+        (shape, device), rank = (shape_of(layer), layer.get_parameter("weight").device), config.rank
+        self.alpha, self.rank, self.whole = config.alpha, rank, shape
+        (a, b), (c, d) = split(shape[0], config.factor), split(shape[1], config.factor)
+        kernel = shape[2:]
         if config.decompose_both and rank < max(a, c) / 2:
             parts = {"lokr_w1_a": started("kaiming", (a, rank), rng), "lokr_w1_b": started("kaiming", (rank, c), rng)}
         else:
@@ -55,7 +55,7 @@ class Adapter(Delta):
             parts |= {"lokr_w2_a": started("kaiming", (b, rank), rng), "lokr_w2_b": torch.zeros(rank, d * kernel.numel())}
         else:
             parts |= {"lokr_w2": torch.zeros(b, d, *kernel)}
-        self.parts = nn.ParameterDict({name: nn.Parameter(values.to(weight.device)) for name, values in parts.items()})
+        self.parts = nn.ParameterDict({name: nn.Parameter(values.to(device)) for name, values in parts.items()})
 
     def difference(self, layer: nn.Module) -> Tensor:
         parts = dict(self.parts.items())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from sdlora.adapter import Delta, Route, is_linear, wide
+from sdlora.adapter import Delta, Route, is_linear, weight_of, wide
 from sdlora.lowrank import DOWN, UP, Factored, Factors, Init
 from sdlora.randomness import uniform
 
@@ -51,7 +51,7 @@ class Adapter(Factors):
         self.dropouts = (config.dropout, config.rank_dropout, config.module_dropout)
         self.salt = int(rng.integers(2**62))
         if pissa:
-            self.down.data, self.up.data = principal(layer.get_parameter("weight"), self.rank, self.scale)
+            self.down.data, self.up.data = principal(weight_of(layer), self.rank, self.scale)
             self.first = (self.down.detach().clone(), self.up.detach().clone())
         self.down.requires_grad_(not config.lora_fa)
 

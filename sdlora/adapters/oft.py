@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sdlora.adapter import Delta, Targeted, is_linear
+from sdlora.adapter import Delta, Targeted, is_linear, shape_of, weight_of
 
 BOUND = 1e4
 """Bound of Q's norm in packs, where its name is alpha: never reached, as what it is a bound of differs from reader to reader."""
@@ -27,7 +27,7 @@ class Config(Targeted):
 
 def fits(layer: nn.Module) -> bool:
     """Whether this kind can sit on the layer: a single output has nowhere to turn."""
-    return is_linear(layer) and len(layer.get_parameter("weight")) > 1
+    return is_linear(layer) and shape_of(layer)[0] > 1
 
 
 class Adapter(Delta):
@@ -37,11 +37,10 @@ class Adapter(Delta):
 
     def __init__(self, layer: nn.Module, config: Config, rng: np.random.Generator) -> None:
         super().__init__()
-        weight = layer.get_parameter("weight")
-        self.outputs = len(weight)
+        self.outputs = shape_of(layer)[0]
         divisors = [n for n in range(2, self.outputs + 1) if self.outputs % n == 0]
         size = min(divisors, key=lambda n: abs(n - config.block_size))
-        self.blocks = nn.Parameter(torch.zeros(self.outputs // size, size, size, device=weight.device))
+        self.blocks = nn.Parameter(torch.zeros(self.outputs // size, size, size, device=layer.get_parameter("weight").device))
 
     def turn(self) -> Tensor:
         """R − I = 2 Q (I − Q)⁻¹; no skew Q has the eigenvalue 1, so that the inverse exists."""
@@ -50,7 +49,7 @@ class Adapter(Delta):
         return inverted
 
     def difference(self, layer: nn.Module) -> Tensor:
-        weight = layer.get_parameter("weight").detach().to(self.blocks.dtype)
+        weight = weight_of(layer).to(self.blocks.dtype)
         return torch.einsum("knm,kni->kmi", self.turn(), weight.reshape(*self.blocks.shape[:2], -1)).reshape(weight.shape)
 
     def change(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sdlora.adapter import Delta, Targeted, is_linear
+from sdlora.adapter import Delta, Targeted, is_linear, shape_of
 
 
 class Config(Targeted):
@@ -39,18 +39,18 @@ class Adapter(Delta):
 
     def __init__(self, layer: nn.Module, config: Config, rng: np.random.Generator) -> None:
         super().__init__()
-        weight = layer.get_parameter("weight")
-        self.shape, numbers = weight.shape, weight.numel()
+        device, self.shape = layer.get_parameter("weight").device, shape_of(layer)
+        numbers = self.shape.numel()
         side = 1 << max(0, config.dimension - 1).bit_length()
         blocks = -(-numbers // side)
-        self.vector = nn.Parameter(torch.zeros(config.dimension, device=weight.device))
+        self.vector = nn.Parameter(torch.zeros(config.dimension, device=device))
         drawn = {
             "signs": (2 * rng.integers(0, 2, (blocks, side), np.int8) - 1).astype(np.int8),
             "order": np.stack([rng.permutation(side) for _ in range(blocks)]),
             "normal": rng.standard_normal((blocks, side), dtype=np.float32) / (side * numbers) ** 0.5,  # so that ‖ΔW‖ is ‖v‖ on average
         }
         for name, values in drawn.items():
-            self.register_buffer(name, torch.from_numpy(values).to(weight.device), persistent=False)
+            self.register_buffer(name, torch.from_numpy(values).to(device), persistent=False)
 
     def difference(self, layer: nn.Module) -> Tensor:
         return self.diff if "diff" in self._parameters else self._projected()  # type: ignore[return-value]

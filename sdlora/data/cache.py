@@ -16,6 +16,7 @@ from sdlora.data.store import Store
 from sdlora.data.variants import Variant
 from sdlora.errors import NUMBERS, UserError
 from sdlora.family import Family
+from sdlora.quantise import Quantised
 
 
 def latents(
@@ -89,6 +90,7 @@ def _identity(family: Family, parts: Sequence[str]) -> str:
         said.append(hashlib.sha256(json.dumps(family.base.source.config(part), sort_keys=True).encode()).hexdigest())
         if part in family.components:  # others compute in float32
             said += sorted({str(parameter.dtype) for parameter in family.components[part].parameters()})
+            said += sorted({inner.how for inner in family.components[part].modules() if isinstance(inner, Quantised)})
     return " ".join(said)
 
 

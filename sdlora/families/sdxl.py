@@ -46,7 +46,8 @@ class SDXL(LatentDiffusion):
 
     def states(self, tokens: Tensor) -> Tensor:
         first, second = (half.reshape(-1, self.row_tokens) for half in tokens.chunk(2, 1))
-        one, two = self.text_encoder(first, output_hidden_states=True), self.text_encoder_2(second, output_hidden_states=True)
+        with self.at_hand("text_encoder", "text_encoder_2"):
+            one, two = self.text_encoder(first, output_hidden_states=True), self.text_encoder_2(second, output_hidden_states=True)
         layer = -(self.base.text.clip_skip + 1)
         rows = torch.cat([one.hidden_states[layer], two.hidden_states[layer]], -1)
         rows = rows.reshape(len(tokens), -1, rows.shape[2])

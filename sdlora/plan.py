@@ -1,0 +1,79 @@
+"""A memory plan: which measures a run needs to fit, taken one after the other as far as its settings leave them open."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sdlora.config import Train
+from sdlora.errors import RESOURCES, UserError
+from sdlora.estimate import Measured
+from sdlora.quantise import BLOCKS
+
+BORROWED = 0.4
+"""Of the activations, what kernels and gradients hold beside them for a moment (docs/measured.md, "Cost")."""
+NAMES = {"full": "weights in full", **{how: f"weights in {how}" for how in BLOCKS}}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided, and the bytes that were counted for it."""
+
+    weights: str
+    checkpointing: bool
+    samples: int  # in one forward pass; 0: a batch
+    parts: dict[str, int]
+    limit: int | None  # bytes; None: there is none
+
+    @property
+    def peak(self) -> int:
+        """The most bytes at once."""
+        return self.parts["total"] + round(BORROWED * self.parts["activations"])
+
+    def measures(self) -> str:
+        """What is done about memory."""
+        passes = f", {self.samples} of a batch's samples at once" if self.samples else ""
+        return f"the base's {NAMES[self.weights]}, {'' if self.checkpointing else 'no '}gradient checkpointing{passes}"
+
+    def line(self) -> str:
+        """The plan in words."""
+        figures = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.parts.items() if name != "total")
+        room = "" if self.limit is None else f" of {self.limit / 1e9:.2f}"
+        return f"memory: {self.measures()}; about {self.peak / 1e9:.2f}{room} GB at most beside the libraries ({figures})"
+
+    def compared(self, peak: int) -> str:
+        """What a step really took beside what was counted, in words."""
+        return f"memory: the first step took {peak / 1e9:.2f} GB at most, {peak / self.peak:.0%} of what was counted"
+
+
+def together(measured: Sequence[Measured]) -> Measured:
+    """Of runs side by side: all adapters, and samples as large as the largest."""
+    activations, checkpointed = (max(getattr(one, name) for one in measured) for name in ("activations", "checkpointed"))
+    samples = sum(one.samples for one in measured)
+    return Measured(measured[0].weights, sum(one.adapter for one in measured), activations, checkpointed, samples)
+
+
+def ladder(train: Train) -> list[tuple[str, bool, bool]]:
+    """(weights, checkpointing, whether passes may hold less than a batch), as the settings allow it.
+
+    What costs no more than time comes first: checkpointing, then smaller passes. Fewer bits come last, as they change what is computed.
+    """
+    weights = ["full", *BLOCKS] if train.base_weights == "auto" else [train.base_weights]
+    checkpointing = {"auto": [False, True], "on": [True], "off": [False]}[train.gradient_checkpointing]
+    whole = [(weights[0], one, False) for one in checkpointing]
+    return [*whole, *((one, checkpointing[-1], True) for one in weights)]
+
+
+def choose(train: Train, measured: Measured, free: int | None) -> Plan:
+    """The first step of the ladder that fits. Raises `UserError`, with the figures of each, if none does."""
+    limit = round(train.memory_gb * 1e9) if train.memory_gb else free
+    tried = []
+    for weights, checkpointing, smaller in ladder(train):
+        for samples in range(measured.samples - 1, 0, -1) if smaller and measured.samples > 1 else [0]:
+            plan = Plan(weights, checkpointing, samples, measured.parts(weights, checkpointing, samples), limit)
+            if limit is None or plan.peak <= limit:
+                return plan
+        tried.append(plan)
+    figures = "; ".join(dict.fromkeys(f"{plan.peak / 1e9:.2f} GB with {plan.measures()}" for plan in tried))
+    closed = [f"train.{name}" for name in ("gradient_checkpointing", "base_weights") if getattr(train, name) != "auto"]
+    todo = f"set {' and '.join(closed)} to auto, or lower" if closed else "lower"
+    what = f"the run does not fit into {(limit or 0) / 1e9:.2f} GB; it takes {figures}"
+    raise UserError("E-MEM-02", what, "train.memory_gb", f"{todo} data.resolution_px or adapter.rank", RESOURCES)

@@ -1,0 +1,122 @@
+"""A base's large weights in 8 or 4 bits while adapters on it learn (QLoRA, Dettmers et al. 2023), by bitsandbytes, on any device.
+
+8bit: blocks of 256 numbers in dynamic 8-bit floats (Dettmers et al. 2022, section 2.1); nf4: blocks of 64 in 4-bit NormalFloat. Both with
+double quantisation: the blocks' maxima are held in 8 bits as well. Products are computed in the run's own precision.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdlora.errors import UserError
+
+BLOCKS = {"8bit": 256, "nf4": 64}
+"""Numbers that share a scale."""
+KEPT_WHOLE = ("time_emb", "add_embedding", "embed_tokens")
+"""Parts of names of linear layers that stay as they are: small, and every layer hangs on what the network is told of the time."""
+
+
+def library() -> Any:
+    """bitsandbytes' functions. Raises `UserError` if it is not installed."""
+    try:
+        return importlib.import_module("bitsandbytes.functional")
+    except ImportError as error:
+        what = "weights in fewer bits need bitsandbytes, which is not installed"
+        raise UserError("E-QUANT-01", what, "train.base_weights", 'install it: pip install "sdlora[optim]"; or set it to full') from error
+
+
+class Quantised(nn.Linear):
+    """A frozen linear layer whose `weight` is packed, uint8; for the backward pass that alone is kept."""
+
+    absmax: Tensor
+    code: Tensor
+    offset: Tensor
+    nested_absmax: Tensor
+    nested_code: Tensor
+
+    def __init__(self, layer: nn.Linear, how: str, device: torch.device) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.how = layer.in_features, layer.out_features, how
+        self.dtype = layer.weight.dtype
+        weight = layer.weight.detach().to(device)
+        if how == "nf4":
+            packed, state = library().quantize_4bit(weight, blocksize=BLOCKS[how], compress_statistics=True, quant_type="nf4")
+        else:
+            packed, state = library().quantize_blockwise(weight, blocksize=BLOCKS[how], nested=True)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
+        own = {"absmax": state.absmax, "code": state.code, "offset": state.offset}
+        for name, tensor in {**own, "nested_absmax": state.state2.absmax, "nested_code": state.state2.code}.items():
+            self.register_buffer(name, tensor)
+        self.nested_block = state.state2.blocksize
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight as a matrix: (out, in)."""
+        return torch.Size((self.out_features, self.in_features))
+
+    def whole(self) -> Tensor:
+        """The weight that it stands for, (out, in), in the run's precision."""
+        functional, block = library(), BLOCKS[self.how]
+        nested = functional.QuantState(self.nested_absmax, code=self.nested_code, blocksize=self.nested_block, dtype=torch.float32)
+        parts: dict[str, Any] = {"code": self.code, "blocksize": block, "dtype": self.dtype, "offset": self.offset, "state2": nested}
+        if self.how == "nf4":
+            state = functional.QuantState(self.absmax, shape=self.shape, quant_type="nf4", **parts)
+            found: Tensor = functional.dequantize_4bit(self.weight, state)
+        else:
+            found = functional.dequantize_blockwise(self.weight, functional.QuantState(self.absmax, **parts))
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.product(x)
+        return product if self.bias is None else product + self.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (..., in) times the weight, without the bias."""
+        product: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+        return product
+
+
+class _Product(torch.autograd.Function):
+    """A product that keeps no weight for its backward pass: it is unpacked again there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Quantised) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.whole().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.whole().to(grad.dtype), None
+
+
+def chosen(module: nn.Module) -> dict[str, nn.Linear]:
+    """The layers of a module that can be held in fewer bits, by name."""
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and not isinstance(layer, Quantised) and not any(part in name for part in KEPT_WHOLE)
+    }
+
+
+def pack(module: nn.Module, how: str, device: torch.device) -> None:
+    """Put packed layers on a device in place of a module's own, one after the other, so that it never holds the whole weights."""
+    for name, layer in chosen(module).items():
+        parent, _, last = name.rpartition(".")
+        setattr(module.get_submodule(parent), last, Quantised(layer, how, device))
+
+
+def packed_bytes(numbers: int, how: str) -> int:
+    """Bytes that so many numbers take: themselves, a byte for each block's maximum, and four for 256 of those."""
+    blocks = -(-numbers // BLOCKS[how])
+    return (numbers // 2 if how == "nf4" else numbers) + blocks + 4 * -(-blocks // 256)
+
+
+def numbers(module: nn.Module, recurse: bool = True) -> int:
+    """How many numbers a module's weights stand for, packed or not."""
+    found = sum(p.numel() for p in module.parameters(recurse))
+    inner = [one for one in (module.modules() if recurse else [module]) if isinstance(one, Quantised)]
+    return found + sum(one.shape.numel() - one.weight.numel() for one in inner)
