@@ -45,6 +45,10 @@ class Targeted(Settings):
         """The settings of a layer that these blocks match, in their order."""
         return self
 
+    def spelt(self, ids: Sequence[int]) -> Self:
+        """The settings of a layer that reads the trigger as these tokens."""
+        return self
+
     @classmethod
     def blank(cls) -> Self:
         """Settings for weights that are read from a pack and bring all their own."""

@@ -18,11 +18,11 @@ from sdlora.config import parse
 from sdlora.errors import UserError
 from sdlora.learners import base_of, pieces
 from sdlora.lowrank import DOWN, UP
-from sdlora.packs import file, keys
+from sdlora.packs import file, keys, words
 from sdlora.packs.file import Pack
 from sdlora.randomness import stream
 
-LINEAR = ({"diff"}, {"weight", "on_input"})
+LINEAR = ({"diff"}, {"weight", "on_input"}, {words.DIFFERENCE, words.IDS})
 """Leaves of the kinds whose ΔW is linear in what they train."""
 FACTORS = {DOWN, UP, "alpha"}
 
@@ -55,7 +55,10 @@ def average(run: Path, chosen: Sequence[int], last: int) -> Pack:
 
 def save(path: Path, pack: Pack) -> None:
     """Write an averaged pack, in the precision of packs."""
-    tensors = {key: tensor.half() if key.partition(".")[2] != "alpha" else tensor for key, tensor in pack.tensors.items()}
+    tensors = {
+        key: tensor.half() if key.partition(".")[2] not in ("alpha", words.DIFFERENCE, words.IDS) else tensor
+        for key, tensor in pack.tensors.items()
+    }
     hashed = ("modelspec.hash_sha256", "sshs_model_hash")
     file.save(path, tensors, lambda sha: {**pack.metadata, hashed[0]: f"0x{sha}", hashed[1]: sha})
 

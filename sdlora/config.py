@@ -103,6 +103,9 @@ class Train(Settings):
     """Learning rate of the adapter in the UNet."""
     text_encoder_lr: Annotated[float, Field(ge=0, le=10)] | None = None
     """Learning rate of the adapter in the text encoders; 0: they are not adapted."""
+    words_lr: Annotated[float, Field(ge=0, le=10)] | None = None
+    """Learning rate of embeddings of the trigger's own tokens, which are learnt beside the adapter (pivotal tuning) or, with
+    `adapter.kind = "prompt"`, alone; 0: none are learnt. 1e-3 is a usual one."""
     text_encoder_steps: Annotated[int, Field(ge=0)] = 0
     """Steps after which the adapter in the text encoders stays as it is; 0: it learns to the end."""
     lora_plus_ratio: Annotated[float, Field(gt=0, le=1000)] = 1.0

@@ -11,7 +11,7 @@ from sdlora.data.ledger import Dataset
 from sdlora.errors import UserError
 from sdlora.events import Event
 from sdlora.family import Family
-from sdlora.packs import header, metadata, outline, privacy, readers, writing
+from sdlora.packs import header, metadata, outline, privacy, readers, words, writing
 from sdlora.packs.metadata import Facts
 from sdlora.packs.privacy import Secrets
 from sdlora.packs.readers import Reading
@@ -29,7 +29,7 @@ def describing(
     settled: Run, loaded: Family, tensors: Mapping[str, Tensor], facts: Facts
 ) -> tuple[Callable[[str], dict[str, str]], list[Event]]:
     """What gives the header of a pack for the hash of its tensors, and what is to be said of who opens it. Raises `UserError`."""
-    readings = read(settled, loaded, tensors)
+    readings, tensors = read(settled, loaded, tensors), words.held(tensors)[0]
     wrong = readers.misread(readings)
     facts = dataclasses.replace(facts, warnings=wrong)
 
@@ -44,7 +44,10 @@ def describing(
 
 def read(settled: Run, loaded: Family, tensors: Mapping[str, Tensor]) -> list[Reading]:
     """What programs make of these tensors. Raises `UserError` where one would misread them and not say so, unless that is wanted."""
-    readings = readers.check(tensors, loaded.architecture(), outline.of(loaded.layers()))
+    rest = words.apart(tensors)[0]
+    if not rest:
+        return []
+    readings = readers.check(rest, loaded.architecture(), outline.of(loaded.layers()))
     wrong = readers.misread(readings)
     if wrong and not settled.pack.force:
         fixes = "; ".join(dict.fromkeys(one.fix for one in readings if one.fix))
@@ -63,8 +66,8 @@ def prove(fields: Mapping[str, str], hidden: Secrets, settled: Run) -> None:
 
 def line(readings: Sequence[Reading]) -> str:
     """Who opens a pack, in one line."""
-    said = []
-    for verdict, words in {"opens": "it opens in", "partly": "partly in", "not": "not in", "not applicable": "not for"}.items():
+    said = [] if readings else ["it opens here alone; other programs open the embeddings beside it"]
+    for verdict, saying in {"opens": "it opens in", "partly": "partly in", "not": "not in", "not applicable": "not for"}.items():
         names = [one.reader for one in readings if one.verdict == verdict]
-        said += [f"{words} {', '.join(names)}"] if names else []
+        said += [f"{saying} {', '.join(names)}"] if names else []
     return f"the pack: {'; '.join(said)}"

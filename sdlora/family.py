@@ -104,6 +104,10 @@ class Family(ABC):
         return [caption for caption in captions if len(self.spans(caption)) > self.most_tokens]
 
     @abstractmethod
+    def spelling(self, word: str) -> dict[str, list[int]]:
+        """Token ids of a word by the full name of the layer that embeds them."""
+
+    @abstractmethod
     def states(self, tokens: Tensor) -> Tensor:
         """All that the network is told of the texts: (B, L) -> (B, S, D), in whose rows only `predict` looks."""
 
@@ -249,6 +253,15 @@ def inspect(base: Base) -> dict[str, Any]:
         parameters = sum(p.numel() for p in loaded.parts()[part].parameters())
         parts[part] = {"parameters": parameters, "precision": precision, "sha256": base.fingerprint(part)}
     return {**found, "complete": True, "components": parts}
+
+
+def mark_words(encoder: nn.Module, tokenizer: Any) -> None:
+    """Let the embedding of a text encoder's tokens know, as `ends` (tokens,), after which of them a word may begin."""
+    special = set(tokenizer.all_special_ids)
+    said = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    ends = torch.tensor([token.endswith("</w>") or i in special for i, token in enumerate(said)])
+    embedding = encoder.get_input_embeddings()  # type: ignore[operator]
+    embedding.register_buffer("ends", ends.to(embedding.weight.device), persistent=False)
 
 
 def whole_frames(x: Tensor, factor: int) -> Tensor:

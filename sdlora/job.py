@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -24,7 +25,7 @@ from sdlora.events import Event, Log, patiently
 from sdlora.family import Family
 from sdlora.judge import Asking, Judge, material
 from sdlora.learners import Job, Latents, adapted, adapted_line, given, new_learner
-from sdlora.packs import file, metadata, precision, privacy
+from sdlora.packs import file, metadata, precision, privacy, words
 from sdlora.stop import Stop
 from sdlora.studio import Studio
 from sdlora.trackers import Trackers
@@ -240,5 +241,10 @@ def finish(member: Member, studio: Studio) -> Iterator[Event]:
         describe, told = export.describing(settled, studio.family, tensors, facts)
         yield from told
         yield from patiently(partial(file.save, place, tensors, describe), stop)
+    inversion = words.inversion(next(iter(member.files.values())), studio.family)
+    if inversion:
+        beside = path.with_name(f"{settled.name}-embedding.safetensors")
+        safeio.write(beside, safetensors.torch.save(inversion))
+        yield Event("note", f"the embeddings of the trigger, for other programs: {beside}")
     yield Event("done", str(path), step=step, data={"seconds": round(time.time() - job.began, 1), **data})
     studio.remove(name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from sdlora.errors import UserError
-from sdlora.family import Base, Family
+from sdlora.family import Base, Family, mark_words
 from sdlora.source import WHOLE, Source
 
 
@@ -54,6 +54,7 @@ class LatentDiffusion(Family):
         "up-blocks": attention_of("unet.up_blocks."),
         "cross-attention-blocks": ["unet.*.attn2"],
         "blocks": ["unet.*.attn[12]", "unet.*.ff"],
+        "words": ["text_encoder*.token_embedding"],
         "text-encoder": ["text_encoder*.self_attn.*_proj", "text_encoder*.mlp.fc[12]"],
     }
     prefixes: ClassVar[Mapping[str, str]] = {"unet": "lora_unet", "text_encoder": "lora_te"}
@@ -93,6 +94,7 @@ class LatentDiffusion(Family):
         nested = hasattr(encoder, "text_model")
         self.components[f"text_encoder{suffix}"] = encoder if nested else nn.ModuleDict({"text_model": encoder})
         self.tokenizers.append(tokenizer)
+        mark_words(encoder, tokenizer)
         return encoder
 
     def take_for(self, base: Base) -> None:
@@ -137,6 +139,11 @@ class LatentDiffusion(Family):
 
     def spans(self, caption: str) -> list[tuple[int, int]]:
         return [*self.tokenizers[0](caption, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping]
+
+    def spelling(self, word: str) -> dict[str, list[int]]:
+        encoders = [name for name in self.components if name.startswith("text_encoder")]
+        read = (tokenizer(word, add_special_tokens=False, verbose=False).input_ids for tokenizer in self.tokenizers)
+        return {f"{name}.text_model.embeddings.token_embedding": [*ids] for name, ids in zip(encoders, read, strict=True)}
 
     def states(self, tokens: Tensor) -> Tensor:
         with self.at_hand("text_encoder"):

@@ -113,6 +113,9 @@ def check_optimizer(settled: Run) -> None:
     own, rates = optimizing(settled), (given(settled.train.lr), given(settled.train.text_encoder_lr))
     library(own)
     own.check()
+    if own.finds_its_rate and settled.train.words_lr not in (rates[0], 0):
+        what = f"{own.kind} finds one rate for all, and train.lr = {rates[0]:g} is not train.words_lr = {settled.train.words_lr:g}"
+        raise UserError("E-OPT-02", what, "train.words_lr", "set both alike, or this one to 0")
     ratio, adapter = settled.train.lora_plus_ratio, targeted(settled).kind
     if own.finds_its_rate and rates[1] not in (rates[0], 0):
         what = f"{own.kind} finds one rate for all, and train.lr = {rates[0]:g} is not train.text_encoder_lr = {rates[1]:g}"
@@ -129,8 +132,15 @@ def pieces(settled: Run, loaded: Family) -> dict[str, Piece]:
     """What the run puts on which layers, by their full names."""
     own = targeted(settled)
     kind, rates = lookup.find("adapters", own.kind), peak_rates(settled, loaded)
+    words = loaded.spelling(settled.trigger)
     moving = {name: said for name, said in blocks(settled, loaded).items() if rates[name] > 0}  # what never moves need not be there
-    found: dict[str, Piece] = {name: (kind, own.at(said)) for name, said in moving.items()}
+    found: dict[str, Piece] = {name: (kind, own.at(said).spelt(words.get(name, ()))) for name, said in moving.items()}
+    if given(settled.train.words_lr) > 0:  # pivotal tuning: the trigger's embeddings beside the rest
+        inversion = lookup.find("adapters", "prompt")
+        found |= {name: (inversion, inversion.Config().spelt(ids)) for name, ids in words.items() if name not in found}
+        if any(len(ids) > loaded.most_tokens for ids in words.values()):
+            what = f'the trigger "{settled.trigger}" has more tokens than are read at once'
+            raise UserError("E-ADAPT-06", what, "trigger", "choose a shorter one, or set train.words_lr to 0")
     if not found:
         raise UserError("E-ADAPT-05", "every rate of the layers to be adapted is 0: nothing would be learnt", "train.lr", "raise one")
     return found
@@ -149,10 +159,11 @@ def blocks(settled: Run, loaded: Family) -> dict[str, list[Block]]:
 
 def peak_rates(settled: Run, loaded: Family) -> dict[str, float]:
     """The learning rate of each layer that the targets mean, before its schedule."""
-    rates, train = dict[str, float](), settled.train
+    train, words = settled.train, dict.fromkeys(loaded.spelling(settled.trigger), given(settled.train.words_lr))
+    rates = {name: rate for name, rate in words.items() if rate > 0}
     for name, said in blocks(settled, loaded).items():
         factor = next((block.lr_factor for block in reversed(said) if block.lr_factor is not None), 1.0)
-        rates[name] = factor * given(train.text_encoder_lr if is_text(name) else train.lr)
+        rates[name] = factor * words.get(name, given(train.text_encoder_lr if is_text(name) else train.lr))
     return rates
 
 

@@ -14,11 +14,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdlora import api, lookup
-from sdlora.adapter import Bank
+from sdlora.adapter import Bank, Targeted
 from sdlora.config import Run
 from sdlora.family import Family
 from sdlora.packs import file
-from sdlora.settings import Settings
 
 TOKENS = 16
 SMALL_UNET: dict[str, Any] = {
@@ -125,10 +124,10 @@ def modules(family: Family) -> dict[str, int]:
     return {f"{part}.{name}": id(module) for part, whole in family.components.items() for name, module in whole.named_modules()}
 
 
-def some_config(kind: Any, rank: int = 3, alpha: float = 1.5) -> Settings:
+def some_config(kind: Any, rank: int = 3, alpha: float = 1.5) -> Targeted:
     """A kind's settings, of which a rank and an alpha are given where it has them."""
     given = {"rank": rank, "alpha": alpha, "bottleneck": 2 * rank, "tokens": rank, "dimension": 40 + rank}
-    config: Settings = kind.Config(**{key: value for key, value in given.items() if key in kind.Config.model_fields})
+    config: Targeted = kind.Config(**{key: value for key, value in given.items() if key in kind.Config.model_fields}).spelt((3, 1))
     return config
 
 

@@ -25,10 +25,14 @@ from sdlora.optimizer import groups
 from sdlora.settings import Settings
 
 KINDS = lookup.names("adapters")
-BLOCKS = ("houlsby", "prefix")
-"""Kinds that sit on whole blocks."""
-PRESET = {kind: ["attention", "text-encoder"] for kind in KINDS} | {"houlsby": ["blocks"], "prefix": ["cross-attention-blocks"]}
-LAYERS = ("linear", "linear-plain", "conv1", "conv3", "conv3-wide", "attention", "feed-forward")
+OTHERWISE = {"houlsby": "attention", "prefix": "attention", "prompt": "embedding"}
+"""Kinds that sit on no layer with a weight to multiply by, and one that they sit on."""
+PRESET = {kind: ["attention", "text-encoder"] for kind in KINDS} | {
+    "houlsby": ["blocks"],
+    "prefix": ["cross-attention-blocks"],
+    "prompt": ["words"],
+}
+LAYERS = ("linear", "linear-plain", "conv1", "conv3", "conv3-wide", "attention", "feed-forward", "embedding")
 
 
 def new_layer(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
@@ -45,7 +49,12 @@ def new_layer(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module,
             "linear-broad": nn.Linear(36, 25),
             "attention": Attention(6, heads=2, dim_head=4),
             "feed-forward": FeedForward(6, mult=2),
+            "embedding": nn.Embedding(9, 6),
         }[name]
+    if isinstance(layer, nn.Embedding):
+        layer.register_buffer("ends", torch.arange(9) != 3)
+        ids = torch.tensor([[0, 3, 1, 5, 3, 1, 2], [3, 3, 1, 5, 3, 1, 1], [1, 3, 1, 1, 1, 3, 3], [2, 5, 7, 3, 1, 3, 1]])
+        return layer.requires_grad_(False).to(dtype), ids  # `small.some_config` says that the trigger is 3, 1
     shape = (4, 4, 7, 7) if isinstance(layer, nn.Conv2d) else (4, 3, {"linear-broad": 36}.get(name, 6))
     return layer.requires_grad_(False).to(dtype), small.numbers(shape, 5, dtype)
 
@@ -75,8 +84,8 @@ def delta_of(bank: Bank, name: str = "a") -> Delta:
 def kind_and_layer(kind: str, name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, nn.Module, Tensor]:
     module = lookup.find("adapters", kind)
     layer, x = new_layer(name, dtype)
-    if kind in BLOCKS and name in ("linear", "conv3", "linear-broad"):  # where a test has one layer for all kinds
-        layer, x = new_layer("attention", dtype)
+    if kind in OTHERWISE and name in ("linear", "conv3", "linear-broad"):  # where a test has one layer for all kinds
+        layer, x = new_layer(OTHERWISE[kind], dtype)
     if not module.fits(layer):
         pytest.skip(f"{kind} does not sit on such a layer")
     return module, layer, x
@@ -161,8 +170,8 @@ def test_merged_is_the_adapter(kind: str, name: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_the_numeric_ones(kind: str, name: str) -> None:
     _, layer, x = kind_and_layer(kind, name, torch.float64)
-    x = x[:2] if x.ndim == 3 else x[:2, :, :4, :4]
-    x = x.clone().requires_grad_()
+    x = x[:2] if x.ndim < 4 else x[:2, :, :4, :4]
+    x = x.clone().requires_grad_() if x.is_floating_point() else x
     bank = banked(layer, [kind], dtype=torch.float64)
     bank.route = Route(torch.tensor([[0.5], [1.25]], dtype=torch.float64))
     assert torch.autograd.gradcheck(lambda x, *_: run(bank, x), (x, *delta_of(bank).parameters()), fast_mode=True)
@@ -680,7 +689,7 @@ def test_a_kronecker_product_has_one_form() -> None:
 
 def alone(layer: nn.Module, kinds: Sequence[str], ranks: Sequence[int], slot: int, x: Tensor) -> Tensor:
     """What one of several adapters adds at strength 1, computed on a bank of which nothing else is used, sample by sample."""
-    bank = banked(layer, kinds, ranks, x.dtype)
+    bank = banked(layer, kinds, ranks, layer(x).dtype)
     bank.use({"abc"[slot]: 1.0})
     return torch.cat([run(bank, one[None]) for one in x]) - layer(x)
 
@@ -728,7 +737,7 @@ def test_each_sample_of_a_routed_batch_goes_through_its_own_adapter_alone(kind: 
 def test_kinds_share_a_layer_and_a_batch(kind: str) -> None:
     """An adapter of this kind between two of its neighbours, on every sample or each on its own."""
     _, layer, x = kind_and_layer(kind, "linear", torch.float64)
-    alike = [one for one in KINDS if (one in BLOCKS) == (kind in BLOCKS)]
+    alike = [one for one in KINDS if OTHERWISE.get(one) == OTHERWISE.get(kind)]
     other = alike[alike.index(kind) - 1]
     kinds, ranks = [other, kind, other], (2, 3, 1)
     parts = [alone(layer, kinds, ranks, slot, x) for slot in range(3)]
@@ -782,7 +791,9 @@ def test_guidance_lays_a_route_behind_itself() -> None:
 def adapt(bank: Bank, loaded: Family, name: str, kind: str, targets: Sequence[str], seed: int = 1) -> None:
     module = lookup.find("adapters", kind)
     fitting = {dotted: layer for dotted, layer in loaded.layers().items() if module.fits(layer)}
-    bank.add(name, dict.fromkeys(choose_sites(fitting, targets, loaded.presets), (module, small.some_config(module))), small.stream_of)
+    config, words = small.some_config(module), loaded.spelling("cat")
+    sites = choose_sites(fitting, targets, loaded.presets)
+    bank.add(name, {site: (module, config.spelt(words.get(site, ()))) for site in sites}, small.stream_of)
     small.randomise(bank, name, seed)
 
 
@@ -817,10 +828,9 @@ def test_ejecting_restores_the_same_modules_and_bits(loaded: Family, kind: str) 
 def test_removing_one_adapter_leaves_the_other_as_it_was(loaded: Family, kind: str) -> None:
     bank = Bank(loaded.components)
     module = lookup.find("adapters", kind)
-    fitting = {dotted: layer for dotted, layer in loaded.layers().items() if module.fits(layer)}
-    for seed, (name, preset) in enumerate((("a", PRESET[kind][0]), ("b", "unet.*.attn[12]" if kind in BLOCKS else "all-linear"))):
-        bank.add(name, dict.fromkeys(choose_sites(fitting, [preset], loaded.presets), (module, small.some_config(module))), small.stream_of)
-        small.randomise(bank, name, seed)
+    others = {"attention": "unet.*.attn[12]", "embedding": "words", "": "all-linear"}
+    for seed, (name, preset) in enumerate((("a", PRESET[kind][0]), ("b", others[OTHERWISE.get(kind, "")]))):
+        adapt(bank, loaded, name, kind, [preset], seed)
     bank.use({"b": 1.0})
     y = predict(loaded)
     bank.use({"a": 1.0, "b": 1.0})

@@ -143,7 +143,7 @@ def test_pack_file_pack_is_the_same(loaded: Family, tmp_path: Path) -> None:
 def test_a_pack_of_any_kind_is_known_by_its_leaves(name: str, loaded: Family, tmp_path: Path) -> None:
     kind = lookup.find("adapters", name)
     layers = ["attention", "text-encoder", "unet.*.conv1", "unet.conv_in", "unet.*.conv_shortcut"]
-    bank = banked(loaded, layers if kind.Adapter.merges else ["cross-attention-blocks"], kind=kind)
+    bank = banked(loaded, ["words"] if name == "prompt" else layers if kind.Adapter.merges else ["cross-attention-blocks"], kind=kind)
     tensors = file.tensors_of(bank, "mira", loaded)
     bank.eject()
     file.save(tmp_path / "mira.safetensors", tensors, plain)

@@ -446,6 +446,7 @@ BY_WEIGHTS: dict[str, Any] = {
     "train.accumulation": 2,
     "train.lr": 2e-2,
     "train.text_encoder_lr": 1e-3,
+    "train.words_lr": 1e-3,
     "train.schedule": "constant",
     "train.warmup_steps": 0,
     "train.lora_plus_ratio": 4.0,

@@ -21,7 +21,7 @@ from sdlora.adapter import Bank
 from sdlora.errors import UserError
 from sdlora.family import Base, Family
 from sdlora.family import Reading as TextReading
-from sdlora.packs import keys, layouts, precision, reading, strict, writing
+from sdlora.packs import keys, layouts, precision, reading, strict, words, writing
 from sdlora.packs.reading import Fitted, Report
 
 MAX_BYTES = 4 * 2**30
@@ -108,11 +108,13 @@ def written(
 
 def save(path: Path, tensors: Mapping[str, Tensor], describe: Callable[[str], dict[str, str]]) -> None:
     """Write a pack; `describe(SHA-256 of the tensor data)` gives its metadata. It is read back and compared before this returns."""
-    ordered = {key: tensors[key].contiguous() for key in sorted(tensors)}
-    metadata = describe(data_hash(safetensors.torch.save(ordered)))
+    rest, field = words.held(tensors)
+    ordered = {key: rest[key].contiguous() for key in sorted(rest)}
+    described = describe(data_hash(safetensors.torch.save(ordered)))
+    metadata = {key: value for key, value in described.items() if key != words.FIELD} | field
     safeio.write(path, safetensors.torch.save(ordered, metadata))
     again = read(path)
-    if again.metadata != metadata or any(not torch.equal(again.tensors[key], tensor) for key, tensor in ordered.items()):
+    if again.metadata != metadata or any(not torch.equal(again.tensors[key], tensor.cpu()) for key, tensor in tensors.items()):
         raise UserError("E-DISK-03", "the pack does not read back as it was written", path, "the disk may be failing: write it elsewhere")
 
 
@@ -147,7 +149,8 @@ def read(path: Path) -> Pack:
         ) from None
     _, metadata = strict.parse(content, path)
     try:
-        return Pack(path.stem, safetensors.torch.load(content), metadata, data_hash(content))
+        tensors = words.from_header(metadata, path) | safetensors.torch.load(content)
+        return Pack(path.stem, tensors, metadata, data_hash(content))
     except (SafetensorError, ValueError) as error:
         raise strict.refused(str(error), path) from None
 

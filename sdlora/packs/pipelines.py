@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sdlora.adapter import Bank, frozen_layers
 from sdlora.errors import UserError
-from sdlora.family import Family
+from sdlora.family import Family, mark_words
 from sdlora.packs import file, outline
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -140,6 +140,9 @@ def host_of(pipeline: Any) -> Host:
         if isinstance(module, nn.Module):
             nested = part == "unet" or hasattr(module, "text_model")
             components[part] = module if nested else nn.ModuleDict({"text_model": module})
+        tokenizer = getattr(pipeline, part.replace("text_encoder", "tokenizer"), None) if part != "unet" else None
+        if tokenizer is not None and part in components:
+            mark_words(module, tokenizer)  # type: ignore[arg-type]
     if "unet" not in components:
         raise UserError("E-PACK-15", "packs go on pipelines that have a UNet", type(pipeline).__name__, "use a StableDiffusionPipeline")
     host = Host(components, Named(str(getattr(pipeline, "name_or_path", "") or type(pipeline).__name__)), Bank(components))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdlora.errors import UserError
-from sdlora.packs import keys
+from sdlora.packs import keys, words
 from sdlora.packs.layouts import DOWN, UP
 
 LAYOUTS = ("kohya", "diffusers")
@@ -61,11 +61,12 @@ def diffusers(tensors: Mapping[str, Tensor], layers: Mapping[str, str]) -> dict[
 
 
 def laid_out(layout: str, tensors: Mapping[str, Tensor], family: Any) -> dict[str, Tensor]:
-    """Kohya's keys in a layout."""
+    """Kohya's keys in a layout; embeddings of the trigger have the same keys in all."""
+    tensors, own = words.apart(tensors)
     ways: dict[str, Callable[[], dict[str, Tensor]]] = {
         "kohya": lambda: agreed(tensors),
         "diffusers": lambda: diffusers(tensors, keys.layer_names(family.layers(), family.prefixes)),
     }
     if layout not in ways:
         raise UserError("E-PACK-33", f'there is no layout "{layout}"', "--layout", f"choose one of: {', '.join(ways)}")
-    return ways[layout]()
+    return ways[layout]() | own
