@@ -2,16 +2,17 @@
 
     python bench/planted.py GOOD OVER WRONG [--seeds 10] [--held-share 0.2]
 
-GOOD, OVER and WRONG are run folders of the same settings (but the steps, and WRONG's pictures). For each seed all of them are judged by
+GOOD, OVER and WRONG are run folders of the same settings (but the steps, and WRONG's pictures), whose newest checkpoints are judged. For each seed all of them are judged by
 new noise; printed is how often the good one comes first and how far its recommended scale is from the best in hindsight, over all seeds.
 """
 
 import argparse
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
-from sdlora import api, best, eyes, judge, settings
+from sdlora import api, best, eyes, judge, learners, settings
 from sdlora.data import ledger
 
 
@@ -29,13 +30,16 @@ def main() -> None:
     settled = api.settle(settings.read(options.good / "config.toml"))
     studio = api.open_studio()
     dataset = ledger.fit_dataset(ledger.read_dataset(settled, options.good / "cache"), settled, studio.family)
-    questions, truth = best.material(settled, dataset, best.Asking(scales=tuple(scales), prompts=options.prompts, steps=options.steps))
+    asking = judge.Asking(scales=tuple(scales), prompts=options.prompts, steps=options.steps)
+    questions, truth = judge.material(settled, dataset, asking)
     sight = eyes.opened("base", studio.family)
-    packs = {
-        name: studio.add(api.open_pack(next(folder.glob("*.safetensors"))))
-        for name, folder in vars(options).items()
-        if isinstance(folder, Path)
-    }
+    packs = {}
+    for label in ("good", "over", "wrong"):
+        folder = getattr(options, label)
+        run = api.settle(settings.read(folder / "config.toml"))
+        ((step, pack),) = best.checkpoints(run, learners.base_of(run), folder, most=1).items()
+        packs[label] = studio.add(replace(pack, name=f"{label} {step}"))
+        print(f"{label}: step {step}", flush=True)
     first, found = Counter[str](), []
     for seed in range(options.seeds):
         asked = judge.Questions(questions.asked, questions.other, [1000 + seed], scales, questions.size, questions.steps)

@@ -50,7 +50,7 @@ def checkpoints(settled: Run, base: Base, run: Path, most: int) -> dict[int, Pac
     if not sound:
         todo = "judge the pack itself, or train with train.keep_checkpoints as large as you want to choose from"
         raise UserError("E-RUN-08", "this run has no checkpoint that is whole", run, todo)
-    chosen = sorted({sound[round(i * (len(sound) - 1) / max(1, most - 1))] for i in range(most)})
+    chosen = sorted({sound[-1 - round(i * (len(sound) - 1) / max(1, most - 1))] for i in range(most)})
     accelerator, dtype = devices.for_training(given(settled.train.precision))
     loaded, kept = family.load(base, accelerator.device, dtype), store.usual(run / "cache")
     dataset = ledger.fit_dataset(ledger.read_dataset(settled, run / "cache", kept), settled, loaded)
