@@ -2,8 +2,9 @@
 
     python bench/planted.py GOOD OVER WRONG [--seeds 10] [--held-share 0.2]
 
-GOOD, OVER and WRONG are run folders of the same settings (but the steps, and WRONG's pictures), whose newest checkpoints are judged. For each seed all of them are judged by
-new noise; printed is how often the good one comes first and how far its recommended scale is from the best in hindsight, over all seeds.
+GOOD, OVER and WRONG are run folders of the same settings (but the steps, and WRONG's pictures), whose newest checkpoints are judged. For
+each seed all of them are judged by new noise; printed is how often the good one comes first and how far its recommended scale is from the
+best in hindsight, over all seeds.
 """
 
 import argparse
