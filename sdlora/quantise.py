@@ -1,4 +1,4 @@
-"""A base's large weights in 8 or 4 bits while adapters on it learn (QLoRA, Dettmers et al. 2023), by bitsandbytes, on any device.
+"""A base's large weights in 8 or 4 bits while adapters on it learn (QLoRA, Dettmers et al. 2023), by bitsandbytes, wherever it runs.
 
 8bit: blocks of 256 numbers in dynamic 8-bit floats (Dettmers et al. 2022, section 2.1); nf4: blocks of 64 in 4-bit NormalFloat. Both with
 double quantisation: the blocks' maxima are held in 8 bits as well. Products are computed in the run's own precision.

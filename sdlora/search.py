@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdlora import devices, family, job, validation
+import torch
+
+from sdlora import devices, family, job, plan, validation
 from sdlora.adapter import Bank
 from sdlora.config import Run, parse
 from sdlora.data import cache, ledger, store
 from sdlora.errors import UserError
 from sdlora.events import Event
-from sdlora.learners import Job, Latents, base_of, check_objective, check_optimizer, given, new_learner, pieces
+from sdlora.learners import Job, Latents, base_of, check_objective, check_optimizer, given, memory, new_learner, pieces
 from sdlora.plots import Curve, plot
 from sdlora.stop import Stop
 from sdlora.train import Learner, Setup, steps
@@ -55,8 +57,9 @@ class Bench:
         self.out, self.kept = out, store.usual(out / "cache")
         self.accelerator, dtype = devices.for_training(given(settled.train.precision))
         found = ledger.read_dataset(self.settled, out / "cache", self.kept)
-        self.family = family.load(base_of(settled), self.accelerator.device, dtype)
+        self.family = family.load(base_of(settled), torch.device("cpu"), dtype)
         self.dataset = ledger.fit_dataset(found, self.settled, self.family)
+        self._place()
         self.settled, _ = check_objective(self.settled, self.family, self.dataset, self.kept)
         self.base = self.family.base
         if not self.dataset.held:
@@ -64,6 +67,14 @@ class Bench:
             raise UserError("E-FIND-01", what, "validation.share", "set it higher, or add pictures")
         items, variants = self.dataset.account.used, self.dataset.variants
         self.latents: Latents = cache.latents(items, variants, self.settled.data.ground, self.family, self.kept)
+
+    def _place(self) -> None:
+        """Lay the base where it computes, by the measures that the settings ask for or memory needs."""
+        measured = memory(self.settled, self.family, pieces(self.settled, self.family), self.dataset)
+        planned = plan.choose(self.settled.train, measured, devices.free_bytes(self.accelerator.device))
+        self.family.place(self.accelerator.device, planned.weights)
+        self.family.blocks(family.RECOMPUTED if planned.checkpointing else None)
+        self.at_once = planned.samples
 
     def trial(self, settled: Run, looks: int = 1, rate: Callable[[int], float] | None = None) -> Trial:
         """Train with these settings, which may differ in all but base and data; `rate(step)`: a factor on the learning rates.
@@ -75,7 +86,7 @@ class Bench:
         bank = Bank(self.family.components)
         one = Job(settled, self.base, self.out, self.began, self.dataset, pieces(settled, self.family), self.kept)
         learner = new_learner(one, self.family, bank, self.accelerator, self.latents)
-        setup = Setup(self.family, bank, [learner])
+        setup = Setup(self.family, bank, [learner], self.at_once)
         held = job.new_course(one, setup, Stop()).held
         try:
             curve, seconds = self._followed(setup, held, looks, rate)

@@ -174,6 +174,36 @@ def test_a_kind_on_packed_weights_is_the_kind_on_what_they_stand_for(kind: str, 
     assert rounding > {"8bit": 0.002, "nf4": 0.05}[how], "the control: which is rounded"
 
 
+@pytest.mark.parametrize(("kind", "target"), [("houlsby", "blocks"), ("prefix", "cross-attention-blocks"), ("lora", "all-linear")])
+def test_a_network_of_packed_weights_is_that_of_what_they_stand_for(kind: str, target: str, loaded: Family) -> None:
+    """Kinds that call the frozen layers inside a block among them, and the blocks computed again."""
+    loaded.place(CPU, "nf4")
+    loaded.blocks(RECOMPUTED)
+    bank = adapted(loaded, kind, [target])
+    packed, _, _ = gradients(loaded, bank)
+    bank.eject()
+    for component in loaded.components.values():
+        for name, layer in [*component.named_modules()]:
+            if isinstance(layer, Quantised):
+                parent, _, last = name.rpartition(".")
+                setattr(component.get_submodule(parent), last, unpacked(layer))
+    dense, _, _ = gradients(loaded, adapted(loaded, kind, [target]))
+    assert packed.keys() == dense.keys() != set()
+    for key, gradient in dense.items():
+        torch.testing.assert_close(packed[key], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_memory_is_counted_on_a_cpu_in_any_precision(dtype: torch.dtype, base: Path) -> None:
+    """Which is where a base lies before its plan is made, whatever it is trained on."""
+    run, found = small.settled(base, base, train__precision="bf16"), []
+    for one in (dtype, torch.float32):
+        loaded = family.load(family.find(str(base)), CPU, one)
+        found.append(estimate.memory(run, loaded, learners.pieces(run, loaded), [(64, 64)]))
+    assert found[0].activations == pytest.approx(found[1].activations, rel=0.15)
+    assert found[0].weights == found[1].weights
+
+
 @pytest.mark.parametrize("how", quantise.BLOCKS)
 def test_packed_weights_are_as_small_as_was_counted_and_kept_alone_for_the_backward_pass(how: str) -> None:
     layer = nn.Linear(512, 256).to(torch.bfloat16)
