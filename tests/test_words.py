@@ -1,5 +1,6 @@
 """Textual inversion of the trigger: where it acts, that it learns, and that packs and diffusers make the same of it."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_it_learns(name: str, families: dict[str, Path]) -> None:
         loss.backward()
         optimizer.step()
         losses.append(float(loss))
-    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False)), losses
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses)), losses
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
