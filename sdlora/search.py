@@ -17,6 +17,7 @@ from sdlora import devices, family, job, plan, validation
 from sdlora.adapter import Bank
 from sdlora.config import Run, parse
 from sdlora.data import cache, ledger, store
+from sdlora.defaults import ADAPTER_RATES
 from sdlora.errors import UserError
 from sdlora.events import Event
 from sdlora.learners import Job, Latents, base_of, check_objective, check_optimizer, given, memory, new_learner, pieces
@@ -28,6 +29,8 @@ from sdlora.validation import HeldOut
 HELD = 0.2
 """Share of the pictures that a search holds out where the settings hold out none."""
 
+SHOWN = 1.5
+"""Times the base's loss that a picture of a search over rates reaches up to."""
 ALPHA = 16.0
 """Of the ranks tried, where the run's adapter has none."""
 
@@ -160,8 +163,9 @@ def find_rate(settled: Run, out: Path, count: int, low: float, high: float) -> I
     points = [(at(step - 1), loss) for step, loss in found.curve[1:] if math.isfinite(loss)]
     chosen = proposed(points, found.curve[0][1])
     share = given(settled.train.text_encoder_lr) / top
+    seen = [(rate, loss) for rate, loss in points if loss <= SHOWN * found.curve[0][1]]  # or divergence is all there is to see
     shown = plot("Loss on pictures held out while the learning rate grows", "learning rate", "loss", [
-        Curve("loss", points), Curve("proposal", [point for point in points if point[0] == chosen], joined=False, names=[f"{chosen:.2g}"]),
+        Curve("loss", seen), Curve("proposal", [point for point in points if point[0] == chosen], joined=False, names=[f"{chosen:.2g}"]),
     ], log_across=True)  # fmt: skip
     line = f"--set train.lr={chosen:.2g} --set train.text_encoder_lr={chosen * share:.2g}"
     yield Event("done", line, data={"lr": chosen, "text_encoder_lr": chosen * share, "curve": points, "picture": shown})
@@ -194,7 +198,10 @@ def find_dimension(settled: Run, out: Path, count: int, ladders: dict[str, Seque
         for value in ladder:
             own = settled.model_dump(exclude_none=True)
             table = {**own, "adapter": sized(name, value, own["adapter"])}
-            table["train"] = {**table["train"], **short}
+            kind = table["adapter"]["kind"]
+            suits = ADAPTER_RATES.get(kind, 1.0) / ADAPTER_RATES.get(settled.adapter.model_dump()["kind"], 1.0)
+            rates = {rate: suits * table["train"][rate] for rate in ("lr", "text_encoder_lr")}
+            table["train"] = {**table["train"], **short, **rates}
             trial = bench.trial(parse(table))
             rows.append({"ladder": name, "size": value, "parameters": trial.parameters, "gain": trial.gain, "seconds": trial.seconds})
             yield Event("note", f"{name} {value}: {trial.parameters:,} parameters, gain {trial.gain:.2%}", data=rows[-1])
@@ -204,8 +211,11 @@ def find_dimension(settled: Run, out: Path, count: int, ladders: dict[str, Seque
             "E-FIND-04", "no adapter learnt anything that pictures held out show", "--steps", "give it more steps, or a higher rate"
         )
     chosen = {name: next((row["size"] for row in rows if row["ladder"] == name and row["gain"] >= enough * full), None) for name in ladders}
-    curves = [Curve(name, [(row["size"], row["gain"]) for row in rows if row["ladder"] == name]) for name in ladders]
-    shown = plot("What an adapter of this size learns", "size", "gain", curves, log_across=True)
+    curves = []
+    for name in ladders:
+        steps_up = [row for row in rows if row["ladder"] == name]
+        curves.append(Curve(name, [(row["parameters"], row["gain"]) for row in steps_up], names=[str(row["size"]) for row in steps_up]))
+    shown = plot("What an adapter of this size learns", "parameters", "gain", curves, log_across=True)
     said = [f"{name} {size}" if size else f"no {name} of the ladder" for name, size in chosen.items()]
     text = f"enough for {enough:.0%} of the best gain ({full:.2%}): {', '.join(said)}"
     yield Event("done", text, data={"chosen": chosen, "rows": rows, "picture": shown})
