@@ -75,9 +75,7 @@ def total(parts: Sequence[tuple[Change, float]]) -> Change:
     shape = parts[0][0].shape
     if any(len(change.shape) != len(shape) or change.shape != shape for change, _ in parts):
         shapes = " and ".join(sorted({str(change.shape) for change, _ in parts}))
-        raise UserError(
-            "E-SHOP-01", f"these packs are of different bases: they change one layer in the shapes {shapes}", "packs", "take like ones"
-        )
+        raise UserError("E-SHOP-01", f"these packs are of different bases: one layer has the shapes {shapes}", "packs", "take like ones")
     pairs = [(change.factors, scale) for change, scale in parts]
     if all(factors is not None for factors, _ in pairs):
         lefts = [factors[0] * scale for factors, scale in pairs if factors is not None]
@@ -116,9 +114,7 @@ def on(pack: Pack, bank: Bank, family: Family) -> dict[str, Change]:
         for dotted, layer, delta in bank.deltas(name):
             merged = delta.merged(layer)
             if merged is None:
-                raise UserError(
-                    "E-SHOP-04", f"what it does at {dotted} is no change of a weight", pack.name, "such a kind cannot be merged"
-                )
+                raise UserError("E-SHOP-04", f"what it does at {dotted} is no change of a weight", pack.name, "it cannot be merged")
             found[keys.module_name(dotted, family.prefixes)] = Change(tuple(merged.shape), whole=merged.double().cpu().flatten(1))
         return found
     finally:

@@ -20,7 +20,7 @@ Changes = Mapping[str, Change]
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of a ΔW is kept: a rank, a share of its energy (sum of squared singular values), or a relative error; the least that does."""
+    """How much of a ΔW is kept: a rank, a share of its energy (sum of squared singular values), or a relative error."""
 
     rank: int | None = None
     energy: float | None = None
@@ -113,9 +113,7 @@ def made(changes: Changes, how: How, budget: Budget | None = None) -> dict[str, 
         return {module: Change(change.shape, whole=change.matrix()) for module, change in changes.items()}
     whole = next((module for module, change in changes.items() if change.factors is None), None)
     if whole:
-        raise UserError(
-            "E-SHOP-08", f"{whole} has no factors to put side by side", "--how concat", "merge with --how sum, or --how svd --rank R"
-        )
+        raise UserError("E-SHOP-08", f"{whole} has no factors to put side by side", "--how concat", "--how sum, or --how svd --rank R")
     return dict(changes)
 
 

@@ -70,7 +70,7 @@ def diff(a: File, b: File, most: Annotated[int, typer.Option(help="rows to show"
         if as_json:
             typer.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=1))
             return
-        if all(one.relative == 0 for one in found):
+        if all(one.relative is not None and one.relative < 1e-9 for one in found):
             say("both packs add the same")
             return
         table = Table("module", "difference", "cosine", "only in", box=None, pad_edge=False, header_style="bold")
