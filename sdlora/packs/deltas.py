@@ -6,10 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdlora.adapter import Bank
 from sdlora.errors import UserError
-from sdlora.family import Family
-from sdlora.packs import convert, file, keys
+from sdlora.packs import convert, keys
 from sdlora.packs.convert import MID
 from sdlora.packs.file import Pack
 from sdlora.packs.layouts import DOWN, UP
@@ -46,9 +44,6 @@ class Change:
         (left, core), (right, other) = torch.linalg.qr(self.factors[0]), torch.linalg.qr(self.factors[1].T)
         u, values, v = torch.linalg.svd(core @ other.T, full_matrices=False)
         return left @ u, values, v @ right.T
-
-    def scaled(self, scale: float) -> "Change":
-        return total([(self, scale)])
 
     def dot(self, other: "Change") -> float:
         """Sum of the products of like elements; through the factors' small products where both have them."""
@@ -93,7 +88,7 @@ def of(pack: Pack) -> dict[str, Change]:
     for module, leaves in keys.by_module(pack.tensors).items():
         if not module.startswith("lora_"):
             what = f"{module} is not in kohya's layout"
-            raise UserError("E-SHOP-02", what, pack.name, "convert it first (sdlora convert), or name its base with --base")
+            raise UserError("E-SHOP-02", what, pack.name, "convert it first (sdlora convert)")
         named = set(leaves)
         if {DOWN, UP} <= named <= {DOWN, UP, MID, "alpha"}:
             found[module] = _lora(leaves)
@@ -101,24 +96,8 @@ def of(pack: Pack) -> dict[str, Change]:
             found[module] = Change(tuple(leaves["diff"].shape), whole=leaves["diff"].double().flatten(1))
         else:
             what = f"what {module} adds is told only beside its base's weight ({', '.join(sorted(named))})"
-            raise UserError("E-SHOP-03", what, pack.name, "name its base with --base")
+            raise UserError("E-SHOP-03", what, pack.name, "take packs of LoRA, or of full differences")
     return found
-
-
-def on(pack: Pack, bank: Bank, family: Family) -> dict[str, Change]:
-    """The same of a pack of any layout and kind, at strength 1 on its base. Raises `UserError` for a kind that no ΔW can stand for."""
-    name = f"{pack.name} "
-    file.attach(pack, name, bank, family)
-    try:
-        found = {}
-        for dotted, layer, delta in bank.deltas(name):
-            merged = delta.merged(layer)
-            if merged is None:
-                raise UserError("E-SHOP-04", f"what it does at {dotted} is no change of a weight", pack.name, "it cannot be merged")
-            found[keys.module_name(dotted, family.prefixes)] = Change(tuple(merged.shape), whole=merged.double().cpu().flatten(1))
-        return found
-    finally:
-        bank.remove(name)
 
 
 def _lora(leaves: dict[str, Tensor]) -> Change:
