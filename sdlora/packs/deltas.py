@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class Change:
 
     def norm(self) -> float:
         """Frobenius norm."""
-        return max(0.0, self.dot(self)) ** 0.5
+        return sqrt(max(0.0, self.dot(self)))
 
     def distance(self, other: "Change") -> float:
         """Norm of the difference; through bases at right angles, since a difference of two like squares is rounding alone."""
