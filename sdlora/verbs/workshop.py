@@ -12,6 +12,8 @@ from rich.text import Text
 from sdlora.terminal import console, say, shown_errors
 from sdlora.verbs.pack import File, Json, app
 
+__all__ = ["app"]
+
 Out = Annotated[Path, typer.Option(help="pack to write", metavar="F.safetensors")]
 Rank = Annotated[Optional[int], typer.Option(help="greatest rank", min=1)]
 
