@@ -147,7 +147,7 @@ def room(members: Sequence[Member], setup: Setup) -> Iterator[Event]:
     samples = sum(given(one.settled.train.batch_size) for one in jobs)
     total, at_once = estimate.side_by_side(parts, samples, devices.free_bytes(setup.family.device))
     if not any(state.steps(one.out) for one in jobs):
-        setup.at_once = at_once
+        setup.at_once = min((one for one in (setup.at_once, at_once) if one), default=0)
     passes = f"{setup.at_once or samples} of {samples} samples of a step go through the network at once"
     what = f"{len(jobs)} adapters over one base: about {total / 1e9:.2f} GB beside the libraries"
     yield Event("note", f"{what}; {passes}", data={"bytes": total})
