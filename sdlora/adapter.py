@@ -87,6 +87,10 @@ class Delta(nn.Module):
         """`change` in training, where a kind may leave parts of itself out, by random numbers that each sample's key (B,) settles."""
         return self.change(layer, x, y)
 
+    def at_once(self, layer: nn.Module, x: Tensor, slot: int, bank: "Bank") -> Tensor | None:
+        """The layer's output with the change of this adapter alone, where both can be had in fewer operations together; else None."""
+        return None
+
     def merged(self, layer: nn.Module) -> Tensor | None:
         """ΔW as `change` has it at once, float32; None if the kind has none."""
         return self.difference(layer).detach().float() if self.merges else None
@@ -156,6 +160,15 @@ class Route:
     index: Tensor | None = None
     active: tuple[int, ...] | None = None
     keys: Tensor | None = None
+    kept: dict[Any, Any] = field(default_factory=dict, compare=False)
+    """What kinds of adapters compute once for all layers, for as long as the route is set."""
+
+    def alike(self, slot: int) -> Tensor | None:
+        """The strength () at which a slot acts on every sample, if it is one for all of them."""
+        if self.index is not None and [own for own, _ in self.blocks] != [slot]:
+            return None
+        strength = self.strength if self.index is not None else self.strength[..., slot]
+        return strength.reshape(()) if strength.numel() == 1 else None
 
     def rows(self, slot: int, batch: int) -> tuple[Tensor | None, Tensor]:
         """The samples that a slot acts on (None: all of them) and its strength on them: (n,) or (1,)."""
@@ -208,22 +221,34 @@ class Site(nn.Module):
 
     def forward(self, x: Tensor, *rest: Any, **named: Any) -> Tensor:
         """`x` (B, ...) is what the layer works on; what else it is given (the text, to an attention) is no adapter's concern."""
-        y: Tensor = self.layer(x, *rest, **named)
         bank = self._bank[0]
-        if bank.route is None:
-            return y
+        acting = list(self._acting(bank))
+        if len(acting) == 1 and not rest and not named:
+            ((slot, delta),) = acting
+            together = delta.at_once(self.layer, x, slot, bank)
+            if together is not None:
+                return together
+        y: Tensor = self.layer(x, *rest, **named)
         by_kind: dict[type[Delta], list[tuple[int, Delta]]] = {}
+        for slot, delta in acting:
+            by_kind.setdefault(type(delta), []).append((slot, delta))
+        out = y
+        for kind, deltas in by_kind.items():
+            assert bank.route is not None
+            out = kind.mixed(deltas, self.layer, x, y, out, bank.route)
+        return out
+
+    def _acting(self, bank: "Bank") -> Iterator[tuple[int, Delta]]:
+        """(slot, delta) of those here that the bank's route lets act."""
+        if bank.route is None:
+            return
         active = bank.route.active
         for slot in range(len(bank.adapters)) if active is None else active:
             name = bank.adapters[slot]
             if name in self.deltas:
                 delta = self.deltas[name]
                 assert isinstance(delta, Delta)
-                by_kind.setdefault(type(delta), []).append((slot, delta))
-        out = y
-        for kind, deltas in by_kind.items():
-            out = kind.mixed(deltas, self.layer, x, y, out, bank.route)
-        return out
+                yield slot, delta
 
 
 @dataclass

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "lookup", "settings", "randomness", "safeio", "lock", "stop", "events", "hub", "defaults", "config",
-    "adapter", "lowrank", "source", "ldm", "vae", "family", "latent_diffusion", "objective", "optimizer", "captioner",
+    "adapter", "lowrank", "fused", "source", "ldm", "vae", "family", "latent_diffusion", "objective", "optimizer", "captioner",
     "families", "adapters", "objectives", "optimizers", "captioners",
     "devices", "data", "probe", "generate", "schedule", "packs", "pictures", "score",
     "record", "charts", "plots", "report", "trackers",
