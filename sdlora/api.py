@@ -4,16 +4,18 @@ for event in api.train(api.settle({"data": {"folder": "my-pictures"}, "name": "m
     print(event)
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 
 from sdlora import (
     average,
+    best,
     cast,
     config,
     devices,
@@ -24,33 +26,57 @@ from sdlora import (
     lookup,
     pictures,
     priors,
-    record,
+    queue,
     safeio,
-    search,
     settings,
     sharing,
 )
 from sdlora import sweep as sweeping
-from sdlora.config import Run
-from sdlora.data import captioning, edits, ledger, page, store
+from sdlora.cast import text as cast_text
+from sdlora.config import Run, Setting
+from sdlora.config import to_toml as settings_text
+from sdlora.data import doctor, edits, ledger, page, pixels, reasons, store
 from sdlora.data.captioning import Captioning
+from sdlora.data.captioning import caption as caption_folder
+from sdlora.data.captioning import put as put_captions
+from sdlora.data.captioning import read as captions
 from sdlora.data.edits import Edit
+from sdlora.data.unzip import unzip as unpack
 from sdlora.errors import UserError
 from sdlora.events import Event
 from sdlora.generate import Recipe
-from sdlora.packs import bundle, card
+from sdlora.judge import Asking
+from sdlora.packs import bundle
+from sdlora.packs.card import about as about_pack
+from sdlora.packs.card import rows as about_rows
 from sdlora.packs.pipelines import Applied, Pack
 from sdlora.packs.readers import Reading
-from sdlora.record import Record
+from sdlora.queue import Entry, take_out
+from sdlora.queue import entries as queued
+from sdlora.queue import start as start_queue
+from sdlora.record import Record, events, runs
+from sdlora.report import curves
+from sdlora.safeio import remove, rename
+from sdlora.safeio import write as save_bytes
+from sdlora.search import find_dimension, find_rate
 from sdlora.settings import override
 from sdlora.sharing import Push
-from sdlora.stop import Stop
+from sdlora.sharing import changes as header_changes
+from sdlora.sharing import check as check_pack
+from sdlora.sharing import convert as convert_pack
+from sdlora.sharing import edit as edit_pack
+from sdlora.sharing import opened as open_pack
+from sdlora.sharing import push as push_pack
+from sdlora.sharing import take as take_pack
+from sdlora.stop import Stop, ask
 from sdlora.studio import Studio, parse_pack, parse_scale
 
 __all__ = [
     "Applied",
+    "Asking",
     "Captioning",
     "Edit",
+    "Entry",
     "Event",
     "Pack",
     "Push",
@@ -58,22 +84,33 @@ __all__ = [
     "Recipe",
     "Record",
     "Run",
+    "Setting",
     "Stop",
     "Studio",
     "UserError",
     "about_pack",
     "about_rows",
+    "ask",
     "average_run",
     "bundle_pack",
     "caption_folder",
+    "captioners",
+    "captions",
     "cast_tables",
+    "cast_text",
     "check",
     "check_pack",
+    "convert_pack",
+    "curves",
+    "described",
     "edit_captions",
     "edit_pack",
+    "enqueue",
     "events",
+    "find_best",
     "find_dimension",
     "find_rate",
+    "free_memory",
     "grid",
     "header_changes",
     "inspect_base",
@@ -84,19 +121,30 @@ __all__ = [
     "parse_pack",
     "parse_scale",
     "push_pack",
+    "put_captions",
+    "queued",
+    "read_picture",
     "read_settings",
+    "remove",
+    "rename",
     "runs",
+    "save_bytes",
     "save_picture",
     "save_sheet",
     "save_text",
     "settings_text",
     "settle",
     "settle_cast",
+    "start_queue",
     "sweep",
     "sweep_results",
+    "take_out",
     "take_pack",
     "train",
     "train_cast",
+    "undo_captions",
+    "unpack",
+    "why",
 ]
 
 
@@ -128,16 +176,6 @@ def train(run: Run, out: Path, stop: Stop | None = None) -> Iterator[Event]:
     A run is stopped by setting `stop.stop`, or by a file called `stop` in its folder: it saves, and `stopped` is its last event.
     """
     return cast.run(run, learners.base_of(run), out, stop)
-
-
-def find_rate(run: Run, scratch: Path, steps: int, low: float, high: float) -> Iterator[Event]:
-    """Try rates from `low` to `high` within one short run of a settled run; `done` brings a proposal, its curve and a picture."""
-    return search.find_rate(run, scratch, steps, low, high)
-
-
-def find_dimension(run: Run, scratch: Path, steps: int, ladders: dict[str, Sequence[int]]) -> Iterator[Event]:
-    """Short runs over ladders of ranks and dimensions; `done` brings the smallest that suffice, the table and a picture."""
-    return search.find_dimension(run, scratch, steps, ladders)
 
 
 def average_run(run: Path, out: Path, steps: Sequence[int] = (), last: int = 3) -> Pack:
@@ -191,14 +229,11 @@ def sweep_results(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
     return sweeping.results(runs, out)
 
 
-def runs(root: Path) -> list[Record]:
-    """The runs in a folder and below it, the newest first."""
-    return record.runs(root)
-
-
-def events(run: Path, since: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """What a run folder's log holds from a byte on, and the byte to ask from next: whoever shows a run that goes on asks now and then."""
-    return record.events(run, since)
+def enqueue(root: Path, run: Run, out: Path) -> str:
+    """Let a settled run wait for its turn; the process that trains is started, if none is there. Returns the id in the queue."""
+    name = queue.add(root, config.to_toml(run), out)
+    queue.start(root)
+    return name
 
 
 def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:
@@ -218,39 +253,19 @@ def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:
     return table, lambda: page.page(f"The pictures of {run.name}", table, items, run.data.ground)
 
 
+def why(code: str) -> str:
+    """What a code of the ledger means, and what to do about it."""
+    return {**doctor.REASONS, **reasons.REASONS}.get(code, code)
+
+
+def described() -> list[Setting]:
+    """Every setting, as a form must know it."""
+    return list(config.described())
+
+
 def inspect_base(name: str) -> dict[str, Any]:
     """What a base is, and whether all of it is there and sound; `UserError` if it is none that is known."""
     return family.inspect(family.find(name))
-
-
-def open_pack(path: Path) -> Pack:
-    """Read a pack, or the one in a bundle; `UserError` if it is none."""
-    return sharing.opened(path)
-
-
-def check_pack(path: Path, base: str = "") -> list[Reading]:
-    """What each program makes of a pack; a base must be named only where it is none of the well-known models."""
-    return sharing.check(path, base)
-
-
-def about_pack(path: Path) -> dict[str, Any]:
-    """What a pack is."""
-    return card.about(path)
-
-
-def about_rows(table: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """`about_pack` for reading: (name, value)."""
-    return card.rows(table)
-
-
-def header_changes(assignments: list[str], trigger: str | None = None, scale: float | None = None) -> dict[str, str]:
-    """Changes of a header from `key=value` lines, a trigger and a scale."""
-    return sharing.changes(assignments, trigger, scale)
-
-
-def edit_pack(path: Path, changes: Mapping[str, str], thumbnail: Path | None = None, out: Path | None = None) -> Path:
-    """Change fields of a pack's header, in place unless `out` is given; its tensors stay as they are, byte for byte."""
-    return sharing.edit(path, changes, thumbnail, out)
 
 
 def bundle_pack(source: Path, out: Path) -> list[str]:
@@ -258,16 +273,6 @@ def bundle_pack(source: Path, out: Path) -> list[str]:
     made = sharing.bundled(source)
     bundle.write(out, made)
     return list(made)
-
-
-def push_pack(source: Path, repository: str, private: bool = True) -> Push:
-    """What would be sent to the hub for a run, a pack or a bundle; `.send()` sends it."""
-    return sharing.push(source, repository, private)
-
-
-def take_pack(source: str, out: Path) -> list[dict[str, Any]]:
-    """Take a bundle, a pack or a repository of the hub into a new folder, verified; says what its packs are."""
-    return sharing.take(source, out)
 
 
 def open_studio(packs: Sequence[Pack] = (), base: str = "", vae: str = "") -> Studio:
@@ -305,11 +310,49 @@ def check_png(path: Path) -> None:
         raise UserError("E-GEN-07", "pictures are written as PNG, which carries the recipe", path, "let --out end in .png")
 
 
+def read_picture(path: Path) -> Image.Image:
+    """A picture upright in sRGB, on white; `UserError` if it cannot be read."""
+    try:
+        return pixels.read_picture(path)
+    except pixels.UnreadableError as error:
+        raise UserError("E-DATA-03", f"this picture cannot be read: {error}", path, "mend or remove it") from None
+
+
+def free_memory() -> None:
+    """Give back what is no longer used, on the device too."""
+    clear_device_cache(garbage_collection=True)
+
+
 def grid(studio: Studio, recipes: Sequence[Recipe], scales: Sequence[float]) -> Image.Image:
     """A labelled sheet: a row for each recipe, a column for the base and for each scale of all the studio's packs."""
     rows = studio.strips(recipes, studio.packs, scales)
     labels = [f"{recipe.prompt} · seed {recipe.seed}" for recipe in recipes]
     return pictures.sheet(rows, labels, ["base", *(f"scale {scale:g}" for scale in scales)], " + ".join(studio.packs))
+
+
+def find_best(source: Path, asking: Asking, data: str = "", base: str = "", out: Path | None = None) -> Iterator[Event]:
+    """Judge a run's checkpoints, or a pack by a folder of pictures; the last event is `done`, and its data the verdict.
+
+    `score.json`, `grid.png` and `front.png` are written into `out`, by default `score` beside what is judged.
+    """
+    if source.is_dir():
+        run = settle(_based(settings.read(source / "config.toml"), base), source / "config.toml")
+        found = learners.base_of(run)
+        return best.find(run, found, best.checkpoints(run, found, source, asking.most), asking, out or source / "score")
+    pack = open_pack(source)
+    if not data:
+        raise UserError(
+            "E-BEST-01", "a pack does not know its pictures", source, "name their folder with --data, or judge the run's folder"
+        )
+    table = {"name": pack.name, "trigger": pack.trigger, "kind": pack.metadata.get("sdlora.kind", "character"), "data": {"folder": data}}
+    run = settle(_based({**table, "base": pack.base or "tiny"}, base))
+    steps = pack.metadata.get("ss_steps", "0")
+    candidates = {int(steps) if steps.isdigit() else 0: pack}
+    return best.find(run, learners.base_of(run), candidates, asking, out or source.with_name(f"{source.stem}-score"))
+
+
+def _based(table: dict[str, Any], base: str) -> dict[str, Any]:
+    return {**table, "base": base} if base else table
 
 
 def edit_captions(folder: Path, edit: Edit, write: bool) -> list[edits.Change]:
@@ -320,14 +363,14 @@ def edit_captions(folder: Path, edit: Edit, write: bool) -> list[edits.Change]:
     return changes
 
 
-def caption_folder(folder: Path, how: Captioning) -> tuple[int, Iterator[captioning.Written]]:
-    """Caption the pictures of a folder that have no caption: how many are left as they are, and (picture, caption) as each is written."""
-    return captioning.caption(folder, how)
+def undo_captions(changes: Sequence[edits.Change]) -> None:
+    """Take an edit back. Raises `UserError` if one of its files has changed since."""
+    edits.apply([(path, after, before) for path, before, after in changes])
 
 
-def settings_text(run: Run) -> str:
-    """A run as TOML."""
-    return config.to_toml(run)
+def captioners() -> list[str]:
+    """The names of what can write captions."""
+    return lookup.names("captioners")
 
 
 def _lasting(run: Run) -> dict[str, Any]:

@@ -177,6 +177,7 @@ def level(members: Sequence[Member]) -> None:
     for course in behind:
         if common and course.progress.step != common:
             found = state.restore(course.out, [course.learner], common)
+            found.progress.by = course.progress.by
             course.progress, course.learner.step = found.progress, found.progress.step
 
 
@@ -238,7 +239,12 @@ def check(runs: Sequence[Run], out: Path) -> None:
 
 def keep(runs: Sequence[Run], out: Path) -> None:
     """Write `cast.toml`, which names the members and holds what each began with."""
-    safeio.write(out / FILE, tomli_w.dumps({"cast": [run.model_dump(exclude_none=True) for run in runs]}))
+    safeio.write(out / FILE, text(runs))
+
+
+def text(runs: Sequence[Run]) -> str:
+    """The settings of all members, complete, as a TOML file of a cast."""
+    return tomli_w.dumps({"cast": [run.model_dump(exclude_none=True) for run in runs]})
 
 
 def kept(out: Path) -> list[dict[str, Any]]:

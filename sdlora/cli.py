@@ -162,13 +162,15 @@ def grid(
 @app.command()
 def ui(
     port: Annotated[int, typer.Option(help="port; 0: the first free one from 7860 on")] = 0,
-    data_root: Annotated[Path, typer.Option(help="packs are listed from below this folder")] = Path("runs"),
+    data_root: Annotated[Path, typer.Option(help="projects, runs and packs lie below this folder")] = Path("runs"),
+    listen: Annotated[str, typer.Option(help="serve others on the network, too, from this address; they must log in", metavar="HOST")] = "",
+    password_file: Annotated[Optional[Path], typer.Option(help="file with the password; else SDLORA_PASSWORD, else a new one")] = None,
 ) -> None:
-    """Open the studio in the browser, on this machine only."""
+    """Open the page in the browser, on this machine only: from pictures to a pack, with the studio to see it."""
     with shown_errors():
         from webui.app import serve
 
-        serve(port, data_root)
+        serve(port, data_root, listen, password_file)
 
 
 @app.command()
@@ -180,7 +182,10 @@ def config(
     with shown_errors():
         from sdlora import api
 
-        typer.echo(api.settings_text(api.settle(api.read_settings(file, set_ or []), file)), nl=False)
+        if api.is_cast(file):
+            typer.echo(api.cast_text(api.settle_cast(api.cast_tables(file), file, set_ or [])), nl=False)
+        else:
+            typer.echo(api.settings_text(api.settle(api.read_settings(file, set_ or []), file)), nl=False)
 
 
 def follow(settled: "Run", out: Path) -> None:

@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomli_w
 from pydantic import Field, SerializeAsAny, create_model, field_validator
+from pydantic.fields import FieldInfo
 
 from sdlora import defaults, lookup
 from sdlora.errors import UserError
@@ -153,7 +155,12 @@ class Validation(Settings):
     patience: Annotated[int, Field(ge=0)] = 0
     """Validations without a new lowest loss after which training ends; 0: it never ends early. One comes with every `train.save_every`."""
     pack: Literal["last", "best"] = "last"
-    """Weights that the pack holds: the last ones, or those of the lowest validation loss."""
+    """Weights that the pack holds: the last ones, or those of the lowest validation loss, or of the best score."""
+    judge: Annotated[int, Field(ge=0, le=64)] = 0
+    """Prompts that name the trigger, and as many that do not, of which pictures are drawn and judged at each validation: how like the
+    pictures held out they are, and how far the base drifts; at the end also at several scales, of which the pack recommends the best."""
+    by: Literal["loss", "score"] = "loss"
+    """What patience and the best weights go by: the loss on pictures held out, or the score of `validation.judge`."""
 
 
 class Preview(Settings):
@@ -191,6 +198,11 @@ class Packing(Settings):
     """Whether a small picture of the strip, or of what it is given later, lies in the header."""
     force: bool = False
     """Write the pack even if some program would open it and silently do otherwise than was trained; its header then says which."""
+    layouts: Annotated[list[Literal["kohya", "diffusers"]], Field(min_length=1)] = Field(default=["kohya"])
+    """Layouts of the pack: kohya, which all programs open, and diffusers, which holds LoRA alone. Each after the first is a file of its
+    own, `NAME.LAYOUT.safetensors`."""
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Precision of the pack's weights; fp16 is read everywhere. Factors are scaled against one another before small numbers are lost."""
 
 
 class Run(Settings):
@@ -263,6 +275,9 @@ def resolve(run: Run, row: str) -> Run:
         part, _, field = dotted.partition(".")
         if table[part].get(field, value) is None:
             table[part][field] = value
+    if run.validation.by == "score" and not run.validation.judge:
+        what = "the best weights are to go by a score, and nothing is judged"
+        raise UserError("E-CONF-12", what, "validation.by", "set validation.judge, to 6 for example")
     table["train"]["warmup_steps"] = _warmup(run.train, table["train"])
     trigger = run.trigger or run.name
     table["trigger"] = trigger
@@ -308,3 +323,43 @@ def flat(run: Run) -> Iterator[tuple[str, Any]]:
 def to_toml(run: Run) -> str:
     """The run as a TOML file that `parse` reads back; settings still open are left out."""
     return tomli_w.dumps(run.model_dump(exclude_none=True))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a form must know of a setting."""
+
+    name: str  # dotted
+    owner: str  # kind of the adapter, objective or optimizer whose own it is; empty: every run has it
+    reason: str
+    choices: tuple[str, ...]  # of which it is one; empty: it is written as TOML has it
+    is_switch: bool
+    usual: object  # the default; None: it depends on the job and the base
+
+
+def described() -> Iterator[Setting]:
+    """Every setting that a run of any kind may have; tables in lists (`data.folders`) are left out."""
+    for name, info in Run.model_fields.items():
+        if name in CHOICES:
+            group = CHOICES[name][0]
+            yield Setting(
+                f"{name}.kind", "", " ".join((info.description or "").split()), tuple(lookup.names(group)), False, CHOICES[name][1]
+            )
+            for kind in lookup.names(group):
+                fields = lookup.find(group, kind).Config.model_fields
+                yield from (_setting(f"{name}.{field}", kind, inner) for field, inner in fields.items() if field != "kind")
+        elif isinstance(info.default, Settings):
+            inside = type(info.default).model_fields
+            yield from (_setting(f"{name}.{field}", "", inner) for field, inner in inside.items() if field != "folders")
+        else:
+            yield _setting(name, "", info)
+
+
+def _setting(name: str, owner: str, info: FieldInfo) -> Setting:
+    options = get_args(info.annotation)
+    inner = next((one for one in options if get_origin(one) is Literal), info.annotation)
+    choices = tuple(map(str, get_args(inner))) if get_origin(inner) is Literal else ()
+    reason = " ".join((info.description or "").split())
+    return Setting(
+        name, owner, reason, choices, info.annotation is bool, None if info.is_required() else info.get_default(call_default_factory=True)
+    )

@@ -1,7 +1,7 @@
 """What happens between two steps: losses are read, the run is measured, looked at, saved, and asked whether it is to stop."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +12,9 @@ from sdlora import diagnose, pictures, preview, safeio, state, validation
 from sdlora.config import Run
 from sdlora.errors import NUMBERS, UserError
 from sdlora.events import Event, patiently
+from sdlora.judge import Judge, overtrained
 from sdlora.schedule import rate
-from sdlora.state import Progress
+from sdlora.state import Progress, Score
 from sdlora.stop import Stop
 from sdlora.studio import Studio
 from sdlora.train import Learner, Setup, Trained
@@ -38,6 +39,8 @@ class Course:
     stopped: bool = False  # it was asked to stop before its end
     lapses: int = 0
     unread: list[Trained] = field(default_factory=list)
+    asking: Callable[[Studio], Judge] | None = None  # who judges its pictures, if anybody does
+    judge: Judge | None = None  # once it was asked
 
     @property
     def learner(self) -> Learner:
@@ -80,6 +83,7 @@ class Course:
         self.progress.beside = [self.setup.learners[slot].name for slot in trained.loss if slot != self.slot]
         if due:
             yield from self._validate()
+            yield from self._judge()
         if save:
             yield from self._save()
         if self.stop.sample or (self.settled.preview.every and trained.step % self.settled.preview.every == 0):
@@ -87,7 +91,8 @@ class Course:
         if stopping and trained.step != train.steps:
             yield from self.halt()
         elif self._is_enough():
-            yield Event("note", f"no lower validation loss in the last {self.progress.waited()}: training ends here")
+            what = "no lower validation loss" if self.progress.by == "loss" else "no higher score"
+            yield Event("note", f"{what} in the last {self.progress.waited()}: training ends here")
             self.learner.left = True
 
     def halt(self) -> Iterator[Event]:
@@ -139,10 +144,32 @@ class Course:
         with self.learner.averaged():
             loss = validation.loss(self.setup, self.slot, self.held)
         self.progress.validations.append((self.progress.step, loss))
-        best = self.progress.best()
-        lowest = "" if best is None or best[0] == self.progress.step else f", lowest {best[1]:.5f} at step {best[0]}"
+        step, best = min(self.progress.validations, key=lambda one: one[1])
+        lowest = "" if step == self.progress.step else f", lowest {best:.5f} at step {step}"
         text = f"loss on {len(self.held)} pictures held out: {loss:.5f}{lowest}"
         yield Event("validation", text, step=self.progress.step, data={"loss": loss})
+
+    def _judge(self) -> Iterator[Event]:
+        """Draw pictures and judge them; without memory for that, training goes on without."""
+        if not self.asking:
+            return
+        try:
+            with self.learner.averaged():
+                self.judge = self.judge or self.asking(Studio(self.setup.family, self.setup.bank, {}))
+                (one,) = self.judge.ask(self.learner.name, self.progress.step, [1.0])
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            clear_device_cache(garbage_collection=True)
+            yield Event("warning", "memory did not suffice to judge pictures; training goes on", step=self.progress.step)
+            return
+        score = Score(one.step, one.score, one.likeness, one.drift, one.memorisation)
+        self.progress.scores.append(score)
+        text = f"judged by pictures: likeness {one.likeness:.3f} (the base {self.judge.rows[0].likeness:.3f}), drift {one.drift:.3f}"
+        yield Event("validation", text, step=one.step, data={"judged": one.table()})
+        if overtrained(self.progress.scores) == one.step:
+            what = "its pictures come nearer to those trained on and are less like those held out: it is over-trained from here on"
+            yield Event("warning", f"{what}; validation.by=score with validation.pack=best keeps the weights before", step=one.step)
 
     def _is_enough(self) -> bool:
         patience = self.settled.validation.patience

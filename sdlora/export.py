@@ -11,7 +11,7 @@ from sdlora.data.ledger import Dataset
 from sdlora.errors import UserError
 from sdlora.events import Event
 from sdlora.family import Family
-from sdlora.packs import header, metadata, outline, privacy, readers
+from sdlora.packs import header, metadata, outline, privacy, readers, writing
 from sdlora.packs.metadata import Facts
 from sdlora.packs.privacy import Secrets
 from sdlora.packs.readers import Reading
@@ -19,7 +19,7 @@ from sdlora.packs.readers import Reading
 
 def foresee(settled: Run, loaded: Family, tensors: Mapping[str, Tensor], dataset: Dataset) -> None:
     """Raise before anything is trained what would be raised when the pack is written; `tensors` are those of the start."""
-    read(settled, loaded, tensors)
+    read(settled, loaded, writing.agreed(tensors))
     hidden = privacy.secrets(dataset, settled)
     facts = Facts(0, 0, time.time(), time.time(), dataset.buckets, hidden=hidden)
     prove(metadata.of_run(settled, loaded.base.name, facts), hidden, settled)

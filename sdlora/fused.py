@@ -1,8 +1,8 @@
 """A linear layer and its low-rank adapter as one step of differentiation, on factors that are cast once for all layers.
 
-Layer by layer, y = x Wᵀ + b and s · (x downᵀ) upᵀ would cost a cast, a scaling and a sum each, forward and backward, and the latter sums are
-as large as the layer's output. Here the products are accumulated where they belong (GEMM's beta = 1), and what differs between the
-factors as they are learnt and as they are multiplied, dtype and scale, is settled in a few kernels over the factors of all layers.
+Layer by layer, y = x Wᵀ + b and s · (x downᵀ) upᵀ would cost a cast, a scaling and a sum each, forward and backward, and some of the sums
+are as large as the layer's output. Here products are accumulated where they belong (GEMM's beta = 1), and what differs between factors as
+they are learnt and as they are multiplied, dtype and scale, is settled in a few kernels over those of all layers.
 """
 
 from collections.abc import Sequence

@@ -8,21 +8,23 @@ import platform
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdlora import estimate, export, lock, pictures, preview, priors, report, safeio, settings, state
+from sdlora import estimate, export, eyes, lock, pictures, preview, priors, report, safeio, settings, state
 from sdlora.config import Run, flat, parse, to_toml
 from sdlora.course import Course
 from sdlora.data import cache, captions, ledger
 from sdlora.errors import UserError
 from sdlora.events import Event, Log, patiently
 from sdlora.family import Family
+from sdlora.judge import Asking, Judge, material
 from sdlora.learners import Job, Latents, adapted, adapted_line, given, new_learner
-from sdlora.packs import file, metadata, privacy
+from sdlora.packs import file, metadata, precision, privacy
 from sdlora.stop import Stop
 from sdlora.studio import Studio
 from sdlora.trackers import Trackers
@@ -33,6 +35,8 @@ FIXED = ("base", "vae", "text", "adapter", "name", "kind", "seed")
 """What of a run's settings no resumed run may change."""
 REPORTED = ("preview", "stopped", "done")
 """Events after which the report is written anew."""
+LOST = 1e-3
+"""Share of numbers that may become zero in a pack unsaid: a few of a uniform start always do."""
 RECORDED = ("sdlora", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 
 
@@ -47,7 +51,7 @@ class Member:
     latents: Latents = ()
     course: Course | None = None  # while it trains
     step: int = 0  # that its training ended with
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # of its pack, then
+    files: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # tensors of its pack, then, by layout
     pace: list[tuple[int, float]] = field(default_factory=list)  # (step, seconds) at which the device was waited for
     error: UserError | None = None  # what ended it before its time
 
@@ -137,7 +141,7 @@ def start(member: Member, setup: Setup, accelerator: Accelerator) -> Iterator[Ev
     """Put the run's adapter on the base, beside the others, as its last checkpoint has it."""
     job = member.job
     setup.learners.append(new_learner(job, setup.family, setup.bank, accelerator, member.latents))
-    export.foresee(job.settled, setup.family, file.tensors_of(setup.bank, job.settled.name, setup.family), job.dataset)
+    export.foresee(job.settled, setup.family, file.exact_tensors(setup.bank, job.settled.name, setup.family), job.dataset)
     if job.kept.note:
         yield Event("warning", job.kept.note)
     sentence, parts = adapted(setup.bank, job.settled, setup.family)
@@ -155,7 +159,15 @@ def new_course(job: Job, setup: Setup, stop: Stop) -> Course:
     data = setup.learners[slot].data
     held = [HeldOut(data.latents[i][0][0], tokens[n], data.frames[i][0], items[i].look.digest) for n, i in enumerate(job.dataset.held)]
     names = [job.dataset.account.name(item.path) for item in items]
-    return Course(setup, slot, settled, job.out, names, held, state.Progress(dataset=job.dataset.digest), stop)
+    progress = state.Progress(dataset=job.dataset.digest, by=settled.validation.by)
+    asking = partial(judging, settled, job.dataset) if settled.validation.judge else None
+    return Course(setup, slot, settled, job.out, names, held, progress, stop, asking=asking)
+
+
+def judging(settled: Run, dataset: ledger.Dataset, studio: Studio) -> Judge:
+    """Who judges a run's pictures while it trains and at its end, on few prompts at one seed."""
+    asking = Asking(prompts=settled.validation.judge, seeds=1, steps=settled.preview.steps)
+    return Judge(studio, *material(settled, dataset, asking), eyes.opened("auto", studio.family))
 
 
 def take_up(course: Course) -> Iterator[Event]:
@@ -170,6 +182,7 @@ def take_up(course: Course) -> Iterator[Event]:
         yield Event("warning", "pictures, captions or how they are shown are others than before; what is learnt from here on is of these")
         learner.quarantine.clear()  # it names pictures by their place
         found.progress.dataset = course.progress.dataset
+    found.progress.by = course.progress.by
     course.progress, learner.step = found.progress, found.progress.step
     setup.at_once = min((one for one in (setup.at_once, found.progress.at_once) if one), default=0)
     yield Event("note", f"going on from step {found.progress.step}", step=found.progress.step)
@@ -183,17 +196,21 @@ def take_off(member: Member) -> Iterator[Event]:
     best, setup, learner = course.progress.best(), course.setup, course.learner
     if best and settled.validation.pack == "best" and best[0] != course.progress.step:
         state.restore(course.out, [learner], course.progress.step, best[0])
-        yield Event("note", f"the pack holds the weights of step {best[0]}, whose validation loss is lowest", step=best[0])
+        told = "validation loss" if course.progress.by == "loss" else "score"
+        yield Event("note", f"the pack holds the weights of step {best[0]}, whose {told} is best", step=best[0])
     with learner.averaged():
-        member.tensors = file.tensors_of(setup.bank, settled.name, setup.family)
+        dtype = precision.DTYPES[settled.pack.dtype]
+        member.files, lost = file.written(setup.bank, settled.name, setup.family, settled.pack.layouts, dtype)
+    if lost > LOST:
+        yield Event("warning", f"{lost:.2%} of the pack's numbers are too small for {settled.pack.dtype} and became 0; see pack.dtype")
     member.step = course.progress.step
 
 
 def finish(member: Member, studio: Studio) -> Iterator[Event]:
     """Look at what was learnt with the very weights of the pack, then write the pack."""
-    job, tensors, step, stop = member.job, member.tensors, member.step, member.stop
+    job, step, stop = member.job, member.step, member.stop
     settled = job.settled
-    name = studio.add(file.Pack(settled.name, tensors, {"sdlora.adapter": settled.adapter.model_dump()["kind"]}))
+    name = studio.add(file.Pack(settled.name, next(iter(member.files.values())), {"sdlora.adapter": settled.adapter.model_dump()["kind"]}))
     thumbnail, data = None, {}
     if settled.preview.scales:
         rows, scales = preview.strip(studio, settled, name), settled.preview.scales
@@ -203,13 +220,25 @@ def finish(member: Member, studio: Studio) -> Iterator[Event]:
         yield from patiently(lambda: safeio.write(job.out / "strip.png", sheet), stop)
         data = preview.likeness(studio, settled, name, job.dataset, member.latents)
         yield Event("note", preview.learnt(data), data=data)
+    scale = None
+    if settled.validation.judge:
+        judge = judging(settled, job.dataset, studio)
+        judge.ask(name, step)
+        verdict = judge.verdict()
+        scale = verdict.best.scale if verdict.best is not judge.rows[0] else None
+        safeio.write(job.out / "score.json", json.dumps(verdict.table(), indent=1))
+        yield Event("note", f"judged: {verdict.words}", data={"score": verdict.table()})
     hidden = privacy.secrets(job.dataset, settled)
     shown = set(job.dataset.pool)
     kept = sum(job.dataset.account.used[i].regularisation for i in shown)
-    facts = metadata.Facts(len(shown), step, job.began, time.time(), job.dataset.buckets, thumbnail, hidden, regularisation=kept)
+    facts = metadata.Facts(
+        len(shown), step, job.began, time.time(), job.dataset.buckets, thumbnail, hidden, regularisation=kept, scale=scale
+    )
     path = job.out / f"{settled.name}.safetensors"
-    describe, told = export.describing(settled, studio.family, tensors, facts)
-    yield from told
-    yield from patiently(lambda: file.save(path, tensors, describe), stop)
+    for layout, tensors in member.files.items():
+        place = path if layout == settled.pack.layouts[0] else path.with_name(f"{settled.name}.{layout}.safetensors")
+        describe, told = export.describing(settled, studio.family, tensors, facts)
+        yield from told
+        yield from patiently(partial(file.save, place, tensors, describe), stop)
     yield Event("done", str(path), step=step, data={"seconds": round(time.time() - job.began, 1), **data})
     studio.remove(name)

@@ -59,12 +59,8 @@ def write(out: Path, to: Path | None = None) -> None:
 
 def page(out: Path) -> str:
     """HTML. What is missing in the folder is missing in the page; what is damaged is said to be."""
-    try:
-        table = settings.read(out / "config.toml")
-    except UserError:
-        table = {}
-    one, log = record.read_whole(out)
-    told = Told(out, one, log, table, _json(out / "ledger.json"), _json(out / "environment.json"))
+    told = _told(out)
+    one = told.record
     parts = [
         ("What it learnt", _learnt),
         ("What it adapts", _adapted),
@@ -84,6 +80,20 @@ def page(out: Path) -> str:
         f"<style>{STYLE.read_text('utf-8')}</style></head><body>{_head(told)}<main>{body}</main>"
         "<footer>Written by sdlora from the files of the run; the page holds all that it shows.</footer></body></html>\n"
     )
+
+
+def curves(out: Path) -> str:
+    """The loss of a run as a figure (HTML with an SVG in it), or nothing before there is one."""
+    return _loss(_told(out))
+
+
+def _told(out: Path) -> Told:
+    try:
+        table = settings.read(out / "config.toml")
+    except UserError:
+        table = {}
+    one, log = record.read_whole(out)
+    return Told(out, one, log, table, _json(out / "ledger.json"), _json(out / "environment.json"))
 
 
 def _section(title: str, make: Callable[[Told], str], told: Told) -> str:

@@ -12,11 +12,12 @@ from PIL import Image
 
 from sdlora import family, hub, safeio, settings
 from sdlora.errors import UserError
-from sdlora.packs import bundle, card, file, header, metadata, outline, privacy, readers
+from sdlora.packs import bundle, card, file, header, metadata, outline, precision, privacy, readers
 from sdlora.packs.bundle import Gallery
 from sdlora.packs.pipelines import Pack
 from sdlora.packs.privacy import Secrets
 from sdlora.packs.readers import Reading
+from sdlora.studio import Studio
 
 BROKEN_NAMES = ("checkpoint", "optimizer", "scheduler")
 """Words in a file's name for which diffusers passes it over when it looks for the pack of a repository."""
@@ -155,7 +156,7 @@ TOLD = ("modelspec.author", "modelspec.title", "modelspec.trigger_phrase", "mode
 """Fields that say most about who made a pack of what."""
 
 
-def push(source: Path, repository: str, private: bool) -> Push:
+def push(source: Path, repository: str, private: bool = True) -> Push:
     """What would be sent for a pack, a run or a bundle. Raises `UserError` if it is none, or no repository can be called so."""
     if not hub.is_id(repository):
         raise UserError("E-PACK-16", f'"{repository}" is no name of a repository', repository, "write owner/name")
@@ -179,3 +180,16 @@ def take(source: str, out: Path) -> list[dict[str, Any]]:
 def _metadata(content: bytes) -> dict[str, str]:
     found: dict[str, str] = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
     return found
+
+
+def convert(path: Path, layout: str, out: Path, dtype: str = "fp16", base: str = "") -> list[str]:
+    """Write a pack of any layout and kind in another, for the base it was made for or the named one; returns what is to be known of it."""
+    pack = file.load(path)
+    if dtype not in precision.DTYPES:
+        raise UserError("E-PACK-34", f'there is no precision "{dtype}"', "--dtype", f"choose one of: {', '.join(precision.DTYPES)}")
+    studio = Studio.open(family.find(base or pack.base or "tiny"), torch.float32)
+    tensors = file.converted(pack, studio.bank, studio.family, layout, precision.DTYPES[dtype])
+    left_out = (*file.HASHES, "lora_adapter_metadata", "sshs_legacy_hash")  # of other tensors, or of scales that are in these now
+    header = {key: value for key, value in pack.metadata.items() if key not in left_out} | studio.family.architecture()
+    file.save(out, tensors, lambda sha256: header | {"sshs_model_hash": sha256, "modelspec.hash_sha256": f"0x{sha256}"})
+    return [f"{len(tensors)} tensors in {layout} layout, {dtype}: {out}"]

@@ -18,6 +18,17 @@ from sdlora.train import Learner
 EMPTY = safetensors.torch.save({})
 
 
+@dataclass(frozen=True)
+class Score:
+    """How the pictures of a step were judged; `judge.Judged` says what each is."""
+
+    step: int
+    score: float
+    likeness: float
+    drift: float
+    memorisation: float
+
+
 @dataclass
 class Progress:
     """What a run has come to, beside weights and optimizer."""
@@ -27,15 +38,19 @@ class Progress:
     validations: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
     dataset: str = ""  # a hash of the pictures and captions that it was trained on
     beside: list[str] = field(default_factory=list)  # who took the last step with it
+    scores: list[Score] = field(default_factory=list)
+    by: str = "loss"  # or score: what the best one is told by
 
     def best(self) -> tuple[int, float] | None:
-        """The validation of the lowest loss, the first of equal ones."""
+        """The step, and the figure, of the lowest loss, or of the highest score; the first of equal ones."""
+        if self.by == "score":
+            return max(((one.step, one.score) for one in self.scores), key=lambda one: one[1], default=None)
         return min(self.validations, key=lambda one: one[1], default=None)
 
     def waited(self) -> int:
         """Validations since then."""
-        best = self.best()
-        return len(self.validations) - 1 - self.validations.index(best) if best else 0
+        best, taken = self.best(), [step for step, _ in self.validations] if self.by == "loss" else [one.step for one in self.scores]
+        return len(taken) - 1 - taken.index(best[0]) if best else 0
 
 
 @dataclass(frozen=True)
@@ -164,7 +179,8 @@ def _read(state: dict[str, Any], learners: Sequence[Learner]) -> Progress:
         known = state.get("quarantine", {}).get(learner.name, {})
         learner.quarantine = {int(picture): since for picture, since in known.items()}
     validations = [(step, loss) for step, loss in state.get("validations", [])]
-    return Progress(state["step"], state.get("at_once", 0), validations, state.get("dataset", ""), state.get("beside", []))
+    scores = [Score(**one) for one in state.get("scores", [])]
+    return Progress(state["step"], state.get("at_once", 0), validations, state.get("dataset", ""), state.get("beside", []), scores)
 
 
 def _differences(state: dict[str, Any], learners: Sequence[Learner]) -> list[str]:

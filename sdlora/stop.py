@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from sdlora import safeio
+
 STOP, SAVE, SAMPLE = "stop", "save", "sample"
 FILES = (STOP, SAVE, SAMPLE)
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # those of them that the system has
@@ -80,3 +82,9 @@ def taken(path: Path) -> bool:
     except OSError:  # none is there
         return False
     return True
+
+
+def ask(folder: Path, what: str) -> None:
+    """Ask the run in a folder to stop, save or show itself; it looks after each step."""
+    assert what in FILES, what
+    safeio.write(folder / what, "")

@@ -43,7 +43,7 @@ class Studio:
 
         The first one also says how prompts are read, and what the base predicts if its files do not.
         """
-        name = pack.name
+        name = pack.name.replace(".", "-")  # which no module may have in its name
         while name in self.packs:
             name += "+"
         file.attach(pack, name, self.bank, self.family)

@@ -1,6 +1,7 @@
 """Small things to test with: a random base of Stable Diffusion's structure, folders of pictures, runs of a few steps."""
 
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,10 @@ def stream_of(dotted: str) -> Any:
     from sdlora.randomness import stream
 
     return stream(0, f"init/{dotted}")
+
+
+def any_port() -> int:
+    """A port that the system itself gives to nobody else now: test processes run side by side."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

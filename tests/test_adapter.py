@@ -273,7 +273,12 @@ OTHER: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("kind", "setting"),
-    [(kind, name) for kind in KINDS for name in lookup.find("adapters", kind).Config.model_fields if name not in ("kind", "targets")],
+    [
+        (kind, name)
+        for kind in KINDS
+        for name in lookup.find("adapters", kind).Config.model_fields
+        if name not in ("kind", "targets", "blocks")
+    ],
 )
 def test_each_of_its_settings_changes_how_it_starts_or_learns(kind: str, setting: str) -> None:
     module, layer, x = kind_and_layer(kind, "linear-broad")
@@ -857,16 +862,19 @@ def test_an_adapter_on_a_block_and_one_inside_it_leave_in_any_order(loaded: Fami
         assert torch.equal(predict(loaded), y)
 
 
-PARTS = {"cross-attention": ".attn2.", "attention": ".attn", "all-linear": "unet.", "text-encoder": "text_encoder.text_model."}
+PARTS = {
+    "cross-attention": ".attn2.", "qv": ".to_", "attention": ".attn", "up-blocks": "unet.up_blocks.", "all-linear": "unet.",
+    "text-encoder": "text_encoder.text_model.",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("preset", PARTS)
 def test_every_preset_finds_its_layers_and_no_others(loaded: Family, preset: str) -> None:
     fitting = {name: layer for name, layer in loaded.layers().items() if lora.fits(layer)}
-    assert set(loaded.presets) == {*PARTS, "blocks", "cross-attention-blocks"}
+    assert set(loaded.presets) == {*PARTS, "all-linear+conv", "blocks", "cross-attention-blocks"}
     chosen = choose_sites(fitting, [preset], loaded.presets)
-    blocks = 2 if preset == "text-encoder" else 4  # one attention in a down block, one in the middle, two in an up block
-    each = {"cross-attention": 4, "attention": 8, "all-linear": 12, "text-encoder": 6}
+    blocks = 2 if preset in ("text-encoder", "up-blocks") else 4  # one attention in a down block, one in the middle, two in an up block
+    each = {"cross-attention": 4, "qv": 4, "attention": 8, "up-blocks": 8, "all-linear": 12, "text-encoder": 6}
     assert len(chosen) == blocks * each[preset]
     assert all(PARTS[preset] in name for name in chosen)
     assert chosen == [name for name in fitting if name in chosen], "in the model's own order"

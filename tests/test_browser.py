@@ -4,12 +4,14 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from small import any_port, draw_folder
 from test_webui import train
 
 from webui import app
@@ -21,6 +23,7 @@ WAIT_MS = 60_000
 STATUS = re.compile(r"base ([0-9a-f]{12}) \| scale (\S+): ([0-9a-f]{12})")
 
 pytestmark = pytest.mark.slow
+expect.set_options(timeout=WAIT_MS)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +34,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     train(root, "mira", steps=3)
     (root / "broken.safetensors").write_bytes(b"no pack at all")
     os.utime(root / "broken.safetensors", (0, 0))
-    demo = app.build(root)
-    yield app.launch(demo, app.free_port(0))
-    demo.close(verbose=False)
+    served = app.launch(root, any_port())
+    yield served.url
+    served.close()
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +50,9 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture
-def page(url: str, browser: Browser) -> Iterator[Page]:
-    """The page with the newest pack chosen; it must not call another host, nor complain on the console."""
+@contextmanager
+def opened(url: str, browser: Browser) -> Iterator[Page]:
+    """A page that must not call another host, nor complain on the console."""
     abroad, complaints = [], []
 
     def only_home(route: Route) -> None:
@@ -66,12 +69,25 @@ def page(url: str, browser: Browser) -> Iterator[Page]:
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(url)
-    expect(page.locator("#prompt textarea")).to_have_value("mira", timeout=WAIT_MS)
-    page.locator("#steps input[type=range]").fill("3")
+    page.locator("#begin").wait_for()
     yield page
     context.close()
     assert abroad == []
     assert [text for text in complaints if "ERR_ABORTED" not in text] == []
+
+
+@pytest.fixture
+def page(url: str, browser: Browser) -> Iterator[Page]:
+    """The studio with the newest pack chosen."""
+    with opened(url, browser) as page:
+        go(page, "Studio")
+        expect(page.locator("#prompt textarea")).to_have_value("mira", timeout=WAIT_MS)
+        page.locator("#steps input[type=range]").fill("3")
+        yield page
+
+
+def go(page: Page, screen: str) -> None:
+    page.get_by_role("tab", name=screen).click()
 
 
 def shown(page: Page, scale: str) -> tuple[str, str]:
@@ -146,6 +162,50 @@ def test_the_strip_shows_every_scale_and_sets_it(page: Page) -> None:
     assert page.locator("#scale input[type=range]").input_value() == "0.25"
 
 
+def test_a_strip_that_was_drawn_follows_the_slider_at_once(page: Page) -> None:
+    page.locator("#generate").click()
+    shown(page, "1")
+    page.locator("#make-strip").click()
+    page.locator("#strip-kept [data-strip]").wait_for(state="attached", timeout=WAIT_MS)
+    took, address = page.evaluate(
+        """() => { const slider = document.querySelector('#scale input[type=range]'), began = performance.now();
+        slider.value = 0.3; slider.dispatchEvent(new Event('input', {bubbles: true}));
+        return [performance.now() - began, document.querySelectorAll('#compare img')[1].src]; }"""
+    )
+    assert took < 100
+    assert "/shown/" in address
+    shown(page, "0.3")  # and the exact one follows
+
+
+def test_snaps_chips_and_dropped_pictures_set_the_controls(page: Page, tmp_path: Path) -> None:
+    page.locator("#snap-0-5").click()
+    expect(page.locator("#scale input[type=range]")).to_have_value("0.5")
+    page.locator("#prompt textarea").fill("green background")
+    page.locator("#chip").click()
+    expect(page.locator("#prompt textarea")).to_have_value("mira, green background")
+    page.locator("#seed input").fill("7")
+    page.locator("#generate").click()
+    shown(page, "0.5")
+    with page.expect_download() as download:
+        page.locator("#download").click()
+    download.value.save_as(tmp_path / "picture.png")
+    for place, value in (("#prompt textarea", "other"), ("#seed input", "1")):
+        page.locator(place).fill(value)
+    page.locator("#restore input[type=file]").set_input_files(tmp_path / "picture.png")
+    expect(page.locator("#prompt textarea")).to_have_value("mira, green background", timeout=WAIT_MS)
+    expect(page.locator("#seed input")).to_have_value("7")
+
+
+def test_two_packs_are_drawn_each_at_its_own_scale(page: Page) -> None:
+    page.locator("#generate").click()
+    _, alone = shown(page, "1")
+    page.locator("#more").get_by_text("Further packs").click()
+    page.locator("#pack-2 input").click()
+    page.get_by_role("option", name="tavi").click()
+    expect(page.locator("#cli textarea")).to_have_value(re.compile(r"mira\.safetensors:1 \S*tavi\.safetensors:1 "), timeout=WAIT_MS)
+    assert shown(page, "1")[1] != alone
+
+
 def test_the_download_is_the_png_with_its_recipe(page: Page, tmp_path: Path) -> None:
     page.locator("#generate").click()
     shown(page, "1")
@@ -172,3 +232,66 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(page: Page) -> None:
     shown(page, "1")
     loaded(page, "#compare img")
     assert page.evaluate("document.documentElement.scrollWidth") <= 420
+
+
+QUICK = """
+[train]
+batch_size = 2
+lr = 0.05
+text_encoder_lr = 0.05
+warmup_steps = 0
+log_every = 1
+[preview]
+scales = []
+steps = 3
+every = 10
+"""
+
+
+def test_from_pictures_to_a_pack_by_keyboard_and_through_a_reload(browser: Browser, tmp_path: Path) -> None:
+    draw_folder(tmp_path / "mine", square=True)
+    served = app.launch(tmp_path / "root", any_port())
+    with opened(served.url, browser) as page:
+        page.locator("#new-name input, #new-name textarea").focus()
+        page.keyboard.type("nori")
+        page.keyboard.press("Enter")
+        folder = page.locator("input[webkitdirectory]")
+        folder.wait_for(state="attached")
+        folder.set_input_files(tmp_path / "mine")
+        expect(page.locator("#pictures")).to_contain_text("5 are used", timeout=WAIT_MS)
+        page.locator("#pictures article button").first.focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#pictures")).to_contain_text("left aside")
+        page.get_by_role("tab", name="Captions").focus()
+        page.keyboard.press("Enter")
+        cell = page.locator("#captions [data-row='0'][data-col='1']")
+        cell.dblclick()
+        page.keyboard.press("Control+A")
+        page.keyboard.type("nori with a hat")
+        page.keyboard.press("Enter")
+        expect(page.locator("#tags")).to_contain_text("nori with a hat")
+        settings = tmp_path / "root" / "projects" / "nori" / "settings.toml"
+        settings.write_text(f'name = "nori"\n{QUICK}')  # every screen is a view of files
+        go(page, "Goal")
+        page.locator("#tune").get_by_text("Tune").click()
+        expect(page.locator("#set-preview-every textarea, #set-preview-every input")).to_have_value("10")
+        page.locator("#set-train-steps textarea, #set-train-steps input").fill("40")
+        page.locator("#start").focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#watch")).to_contain_text("training now", timeout=WAIT_MS)
+        page.reload()
+        go(page, "Watch")
+        expect(page.locator("#watch")).to_contain_text("step 40 of 40", timeout=WAIT_MS)
+        expect(page.locator("#watch")).to_contain_text("finished", timeout=WAIT_MS)
+        assert page.locator("#watch .previews img").count() == 5
+        go(page, "Studio")
+        expect(page.locator("#prompt textarea")).to_have_value("nori", timeout=WAIT_MS)
+        page.locator("#steps input[type=range]").fill("3")
+        page.locator("#generate").focus()
+        page.keyboard.press("Enter")
+        base, full = shown(page, "1")
+        page.locator("#scale input[type=range]").fill("0")
+        assert shown(page, "0") == (base, base)
+        assert full != base
+    served.close()
+    assert "nori with a hat" in [path.read_text().strip() for path in (tmp_path / "root" / "projects" / "nori" / "pictures").rglob("*.txt")]

@@ -12,12 +12,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "lookup", "settings", "randomness", "safeio", "lock", "stop", "events", "hub", "defaults", "config",
-    "adapter", "lowrank", "fused", "source", "ldm", "vae", "family", "latent_diffusion", "objective", "optimizer", "captioner",
+    "adapter", "lowrank", "fused", "source", "original", "ldm", "vae", "family", "latent_diffusion", "objective", "optimizer", "captioner",
     "families", "adapters", "objectives", "optimizers", "captioners",
-    "devices", "data", "probe", "generate", "schedule", "packs", "pictures", "score",
-    "record", "charts", "plots", "report", "trackers",
-    "train", "state", "validation", "diagnose", "studio", "preview", "priors", "estimate",
-    "course", "learners", "export", "job", "search", "average", "cast", "sweep", "sharing", "api", "terminal", "verbs", "cli",
+    "devices", "data", "probe", "generate", "schedule", "packs", "pictures", "score", "eyes", "measures",
+    "record", "queue", "charts", "plots", "report", "trackers",
+    "train", "state", "validation", "diagnose", "studio", "judge", "preview", "priors", "estimate",
+    "course", "learners", "best", "export", "job", "search", "average", "cast", "sweep", "sharing", "api", "terminal", "verbs", "cli",
 ]  # fmt: skip
 """Bottom up; a module imports only from modules before its own."""
 CHOICES = ("families", "adapters", "objectives", "optimizers", "captioners")

@@ -94,7 +94,14 @@ def test_without_augmentation_a_run_is_what_it_was_before_there_was_any(
     flip: bool, recorded: str, base: Path, loaded: Family, tmp_path: Path
 ) -> None:
     """The hashes were recorded by the program that knew of no variants."""
-    changes = {"seed": 3, "data__prior_share": 0.3, "data__prior_prompts": ["a dog"], "data__caption_dropout": 0.2, "data__flip": flip}
+    changes = {
+        "seed": 3,
+        "adapter__alpha": 2.0,
+        "data__prior_share": 0.3,
+        "data__prior_prompts": ["a dog"],
+        "data__caption_dropout": 0.2,
+        "data__flip": flip,
+    }
     folder = masked_folder(tmp_path / "set")
     assert digest(small.settled(folder, base, **changes), loaded, tmp_path, drawn_latents) == recorded
     other = small.settled(folder, base, **{**changes, "seed": 4})

@@ -10,14 +10,16 @@ from typing import Any
 import gradio as gr
 import pytest
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from sdlora import api
 from sdlora.api import Pack, UserError
 from webui import app
 from webui.easel import NONE, STRIP, Easel, Subject, Wish, base_of, command, sizes
+from webui.links import Links
 from webui.recent import Recent
 from webui.shelf import Found, Shelf
-from webui.studio import Page, called
+from webui.studio import Page, called, recipe_of
 
 WISH = Wish(pack=NONE, prompt="mira", negative="", seed=0, steps=2, guidance=4, size="64x64", scale=1)
 
@@ -156,7 +158,7 @@ def test_a_port_is_had_or_named() -> None:
 def test_the_page_is_built_without_any_pack_and_calls_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "intranet")
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
-    demo = app.build(tmp_path / "missing")
+    demo = app.build(app.new_house(tmp_path / "missing", tmp_path))
     assert isinstance(demo, gr.Blocks)
     assert not demo.analytics_enabled
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
@@ -165,7 +167,7 @@ def test_the_page_is_built_without_any_pack_and_calls_nobody(tmp_path: Path, mon
 
 def test_a_bad_pack_is_an_error_in_the_users_words(easel: Easel) -> None:
     with gr.Blocks() as demo:
-        page = Page(easel, demo)
+        page = Page(easel, demo.load, Links())
     values = {page.chosen: None, page.drawn: False}
     values |= {control: getattr(WISH, name) for name, control in page.controls.items()}
     values[page.controls["pack"]] = "<b>broken.safetensors"
@@ -217,3 +219,42 @@ def test_a_pack_that_changed_on_the_disk_is_read_again(easel: Easel, data_root: 
         os.utime(place, (len(seen) + 1, len(seen) + 1))
         seen.append(easel.pair(Wish(**{**vars(WISH), "pack": "changing/mira.safetensors"})).adapter.sha256)
     assert seen[0] != seen[1]
+
+
+def test_the_studio_makes_room_for_a_run_and_rests_until_it_ends(data_root: Path, tmp_path: Path) -> None:
+    running = [""]
+    easel = Easel(Shelf(data_root), tmp_path, lambda: running[0])
+    before = easel.pair(WISH)
+    easel.make_room()
+    assert easel._studios  # nobody needs the room
+    running[0] = "mira"
+    easel.make_room()
+    assert not easel._studios
+    with pytest.raises(UserError, match="E-UI-05"):
+        easel.pair(WISH)
+    running[0] = ""
+    assert easel.pair(WISH).base.sha256 == before.base.sha256
+
+
+def test_packs_are_drawn_together_each_at_its_own_scale(easel: Easel) -> None:
+    one, two = "one/mira/mira.safetensors", "two/mira/mira.safetensors"
+    both = easel.pair(Wish(**{**vars(WISH), "pack": one, "scale": 0.8, "more": ((two, 0.5),)}))
+    words = shlex.split(both.command)
+    packs = [api.parse_pack(word) for word in words[2:4]]
+    studio = api.open_studio([api.open_pack(path) for path, _ in packs])
+    scales = tuple(zip(studio.packs, [scale for _, scale in packs], strict=True))
+    recipe = studio.recipe(WISH.prompt, WISH.size, WISH.guidance, seed=WISH.seed, steps=WISH.steps, scales=scales)
+    assert hashlib.sha256(studio.render([recipe])[0].tobytes()).hexdigest() == both.adapter.sha256
+    assert both.apart > 0
+    assert easel.pair(Wish(**{**vars(WISH), "pack": one, "scale": 0.0})).apart == 0
+
+
+def test_a_recipe_is_read_only_where_it_is_sound(tmp_path: Path, easel: Easel) -> None:
+    drawn = easel.pair(WISH).base.path
+    assert recipe_of(drawn)["prompt"] == "mira"
+    for text in ("", "[]", "{}", '{"prompt": 1}', "[" * 100_000):
+        info = PngInfo()
+        info.add_itxt("sdlora", text)
+        Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=info)
+        with pytest.raises(UserError, match="E-UI-15"):
+            recipe_of(tmp_path / "x.png")

@@ -2,14 +2,14 @@
 
 import hashlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from threading import Lock, RLock
 from typing import TypeAlias
 
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 from sdlora import api
 from sdlora.api import Pack, Recipe, Studio, UserError
@@ -37,6 +37,7 @@ class Wish:
     guidance: float
     size: str
     scale: float
+    more: tuple[tuple[str, float], ...] = ()  # further packs, each with its own scale
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Subject:
     base: str
     found: Found | None = None
     pack: Pack | None = None
+    more: tuple[tuple[Found, Pack, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,20 +78,22 @@ class Pair:
     adapter: Picture
     command: str
     cut: bool  # whether the base leaves the end of the prompt unread
+    apart: float  # mean difference of the two, in levels of 255
 
 
 class Easel:
     """Draws wishes for every session of the process; one base is loaded once, one picture drawn at a time.
 
-    A single pack sits on a base at a time, which takes milliseconds: so nothing that was looked at before can touch a picture's last
-    bits, its name in the recipe is its own, and it is the very picture that the command line draws.
+    Only the packs that are wished for sit on a base, which takes milliseconds: so nothing that was looked at before can touch a picture's
+    last bits, a pack's name in the recipe is its own, and it is the very picture that the command line draws.
     """
 
-    def __init__(self, shelf: Shelf, folder: Path) -> None:
+    def __init__(self, shelf: Shelf, folder: Path, busy: Callable[[], str] = str) -> None:
         self.shelf, self.folder = shelf, folder
+        self.busy = busy  # the name of a run that needs the device for itself, or nothing
         self._numbers = count(1)
         self._studios: dict[str, Studio] = {}
-        self._seated: dict[str, tuple[Found, str]] = {}  # base: the pack that sits on it, and the name it goes by
+        self._seated: dict[str, tuple[list[Found], list[str]]] = {}  # base: the packs that sit on it, and the names they go by
         self._packs: Recent[Pack] = Recent(MAX_PACKS)
         self._pictures: Recent[Picture] = Recent(MAX_PICTURES, lambda picture: picture.path.unlink(missing_ok=True))
         self._keeping, self._drawing = RLock(), Lock()  # whoever holds both took `_drawing` first
@@ -111,7 +115,7 @@ class Easel:
             scaled = self._scaled(subject, recipe, [wish.scale])
             (adapter,) = self._draw(subject, studio, scaled)
             cut = bool(studio.cut_prompts([wish.prompt, wish.negative]))
-        return Pair(base, adapter, command(wish, subject), cut)
+        return Pair(base, adapter, command(wish, subject), cut, apart(base.path, adapter.path))
 
     def strip(self, wish: Wish) -> list[Picture]:
         """The adapter at each scale of `STRIP`, drawn as one batch. Raises `UserError`."""
@@ -121,11 +125,33 @@ class Easel:
                 raise UserError("E-UI-02", "the base alone has no scales to compare", "pack", "choose a pack first")
             return self._draw(subject, studio, self._scaled(subject, recipe, STRIP))
 
+    def rest(self) -> None:
+        """Give the bases' memory back, for a run that is about to begin; pictures already drawn stay."""
+        with self._drawing:
+            self._clear()
+
+    def make_room(self) -> None:
+        """The same for a run that somebody else began; not while a picture is drawn, for whoever looks asks again soon."""
+        if self._studios and self.busy() and self._drawing.acquire(blocking=False):
+            try:
+                self._clear()
+            finally:
+                self._drawing.release()
+
+    def _clear(self) -> None:
+        with self._keeping:
+            self._studios.clear()
+            self._seated.clear()
+        api.free_memory()
+
     def _ready(self, wish: Wish) -> tuple[Subject, Studio, Recipe]:
         """The wish with its base loaded, its pack on it, and its recipe checked, at no scale yet."""
         if wish.seed is None:
             raise UserError("E-UI-03", "no seed is given", "seed", "write a whole number from 0 on")
         subject = self._subject(wish.pack)
+        if wish.more:
+            found = [(self.shelf.find(other), scale) for other, scale in wish.more if other not in (NONE, wish.pack)]
+            subject = replace(subject, more=tuple((one, self._read(one), scale) for one, scale in found))
         studio = self._studio(subject.base)
         recipe = studio.recipe(wish.prompt, wish.size, wish.guidance, negative=wish.negative, seed=wish.seed, steps=wish.steps)
         self._seat(subject, studio)
@@ -152,29 +178,41 @@ class Easel:
             return pack
 
     def _studio(self, base: str) -> Studio:
+        busy = self.busy()
+        if busy:
+            what = f'the studio rests while "{busy}" is training, so that the run has the memory to itself'
+            raise UserError("E-UI-05", what, "", "ask the run for a picture on the page Watch, or pause it there")
         with self._keeping:
             if base not in self._studios:
                 self._studios[base] = api.open_studio(base=base)
             return self._studios[base]
 
     def _seat(self, subject: Subject, studio: Studio) -> None:
-        """Let the subject's pack, and no other, sit on its base."""
+        """Let the subject's packs, and no others, sit on its base."""
+        wanted = [(subject.found, subject.pack)] if subject.found and subject.pack else []
+        wanted += [(found, pack) for found, pack, _ in subject.more]
         seated = self._seated.get(subject.base)
-        if subject.found is None or subject.pack is None or (seated and seated[0] == subject.found):
+        if not wanted or (seated and seated[0] == [found for found, _ in wanted]):
             return
         if seated:
             del self._seated[subject.base]
-            studio.remove(seated[1])
-        self._seated[subject.base] = subject.found, studio.add(subject.pack)
+            for name in seated[1]:
+                studio.remove(name)
+        self._seated[subject.base] = [found for found, _ in wanted], [studio.add(pack) for _, pack in wanted]
 
     def _scaled(self, subject: Subject, recipe: Recipe, scales: Sequence[float]) -> list[Recipe]:
-        if subject.pack is None:
+        """The recipe at each scale of the first pack; the others stay at their own."""
+        if subject.pack is None and not subject.more:
             return [recipe] * len(scales)
-        return [replace(recipe, scales=((self._seated[subject.base][1], round(scale, 3)),)) for scale in scales]
+        names = self._seated[subject.base][1]
+        own = [round(scale, 3) for _, _, scale in subject.more]
+        first = [[round(scale, 3)] if subject.pack else [] for scale in scales]
+        return [replace(recipe, scales=tuple(zip(names, [*one, *own], strict=True))) for one in first]
 
     def _draw(self, subject: Subject, studio: Studio, recipes: list[Recipe]) -> list[Picture]:
         """The pictures of one batch. A picture belongs to its batch's size: its last bits depend on it."""
-        owners = [subject.found if recipe.scales else None for recipe in recipes]
+        packs = (subject.found, *(found for found, _, _ in subject.more))
+        owners = [packs if recipe.scales else None for recipe in recipes]
         base = subject.base, studio.family.base.text, studio.family.prediction  # a pack says how prompts are read on it
         wanted: list[Key] = [(*base, owner, recipe, len(recipes)) for owner, recipe in zip(owners, recipes, strict=True)]
         kept = [picture for picture in map(self._pictures.get, wanted) if picture and picture.path.is_file()]  # /tmp may be swept
@@ -203,6 +241,13 @@ def sizes(native_px: int, step_px: int) -> dict[str, str]:
     return found
 
 
+def apart(one: Path, other: Path) -> float:
+    """Mean difference of two pictures of one size, in levels of 255."""
+    with Image.open(one) as a, Image.open(other) as b:
+        means = ImageStat.Stat(ImageChops.difference(a.convert("RGB"), b.convert("RGB"))).mean
+    return float(sum(means) / len(means))
+
+
 def base_of(found: Found, pack: Pack) -> str:
     """The base to draw a pack on: its own, by the path that its run knew if that is a folder here; else `tiny`."""
     config = found.path.parent / "config.toml"
@@ -218,6 +263,7 @@ def command(wish: Wish, subject: Subject) -> str:
     words = ["sdlora", "generate"]
     if subject.found:
         words.append(f"{subject.found.path}:{round(wish.scale, 3):g}")
+    words += [f"{found.path}:{round(scale, 3):g}" for found, _, scale in subject.more]
     if subject.base != (subject.pack.base if subject.pack else "tiny"):
         words += ["--base", subject.base]
     words += ["--prompt", wish.prompt]

@@ -7,7 +7,7 @@ caption into the nearest `metadata.jsonl`, and where there is none, or a file th
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,27 @@ def caption(folder: Path, how: Captioning) -> tuple[int, Iterator[Written]]:
     todo = [picture for picture in pictures if how.overwrite or picture.source is None]
     rows = {one.path.parent: one.path for one in found if one.path.name.lower() == JSONL}
     return len(pictures) - len(todo), _write([(picture, _place(picture, rows)) for picture in todo], kind, how)
+
+
+def read(folder: Path) -> list[tuple[Path, str]]:
+    """Every picture of a folder with its caption, as far as it has one. Raises `UserError`."""
+    return [(picture.path, " / ".join(picture.captions)) for picture in understand(folder, walk(folder)).pictures]
+
+
+def put(folder: Path, said: Mapping[Path, str]) -> None:
+    """Give some pictures of a folder the captions that were typed for them, each where a sample finds it. Raises `UserError`."""
+    found = walk(folder)
+    rows = {one.path.parent: one.path for one in found if one.path.name.lower() == JSONL}
+    for picture in understand(folder, found).pictures:
+        if picture.path in said:
+            place, text = _place(picture, rows), " ".join(said[picture.path].split())
+            if place.name.lower() == JSONL:
+                table = Rows(texts.current(place) or "")
+                table.put(tables.key(picture.path.relative_to(place.parent).as_posix()), text, _shares_its_name(picture))
+                text = table.text()
+            else:
+                text += "\n"
+            safeio.write(place, text)
 
 
 def _readable(folder: Path, found: Sequence[Found]) -> Sequence[Picture]:

@@ -1,36 +1,18 @@
 """Stable Diffusion XL (Podell et al. 2023): two text encoders, and a network that is told where in which picture it is looking."""
 
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
+from sdlora import original
 from sdlora.family import Base, whole_frames
 from sdlora.latent_diffusion import LatentDiffusion, attention_of, recognised
 from sdlora.source import Source
 
-BLOCKS, LAYERS = 3, 2
-"""Resolutions of the UNet, and residual blocks at each on the way down (one more on the way up)."""
-RESIDUAL = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-
-
-def original_names() -> Iterator[tuple[str, str]]:
-    """Beginnings of the UNet's layer names, and what they are called in the original implementation."""
-    yield from {"conv_in": "input_blocks.0.0", "conv_out": "out.2"}.items()
-    for ours, theirs in {"time_embedding": "time_embed", "add_embedding": "label_emb.0"}.items():
-        yield from ((f"{ours}.linear_{i + 1}", f"{theirs}.{2 * i}") for i in range(2))
-    places = [(f"down_blocks.{i}", j, f"input_blocks.{1 + (LAYERS + 1) * i + j}") for i in range(BLOCKS) for j in range(LAYERS)]
-    places += [(f"up_blocks.{i}", j, f"output_blocks.{(LAYERS + 1) * i + j}") for i in range(BLOCKS) for j in range(LAYERS + 1)]
-    yield "mid_block.attentions.0", "middle_block.1"
-    yield from ((f"{block}.attentions.{j}", f"{place}.1") for block, j, place in places)
-    residuals = [*((block, j, f"{place}.0") for block, j, place in places), *(("mid_block", i, f"middle_block.{2 * i}") for i in range(2))]
-    for block, j, residual in residuals:
-        yield from ((f"{block}.resnets.{j}.{ours}", f"{residual}.{theirs}") for ours, theirs in RESIDUAL.items())
-    for i in range(BLOCKS - 1):
-        yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{(LAYERS + 1) * (i + 1)}.0.op"
-        yield f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{(LAYERS + 1) * (i + 1) - 1}.2.conv"
+BLOCKS, LAYERS, ATTENDED = 3, 2, (0, 1)
+"""Resolutions of the UNet, residual blocks at each on the way down, and the blocks on the way up that attend."""
 
 
 def recognise(source: Source) -> dict[str, Any] | None:
@@ -47,7 +29,7 @@ class SDXL(LatentDiffusion):
     prefixes: ClassVar = {
         "text_encoder": "lora_te1",
         "text_encoder_2": "lora_te2",
-        **{f"unet.{ours}": f"lora_unet_{theirs.replace('.', '_')}" for ours, theirs in original_names()},
+        **{f"unet.{ours}": f"lora_unet_{theirs.replace('.', '_')}" for ours, theirs in original.names(BLOCKS, LAYERS, ATTENDED)},
     }
     presets: ClassVar = {
         **LatentDiffusion.presets,

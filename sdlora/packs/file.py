@@ -2,14 +2,15 @@
 
 import hashlib
 import json
+import os
+import stat
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -17,13 +18,15 @@ from torch import Tensor
 
 from sdlora import lookup, safeio
 from sdlora.adapter import Bank
-from sdlora.errors import NUMBERS, UserError
-from sdlora.family import Base, Family, Reading
-from sdlora.lowrank import DOWN, UP
-from sdlora.packs import keys
+from sdlora.errors import UserError
+from sdlora.family import Base, Family
+from sdlora.family import Reading as TextReading
+from sdlora.packs import keys, layouts, precision, reading, strict, writing
+from sdlora.packs.reading import Fitted, Report
 
 MAX_BYTES = 4 * 2**30
-FP16_MAX = float(torch.finfo(torch.float16).max)
+HASHES = ("sshs_model_hash", "modelspec.hash_sha256")
+"""Fields that hold the SHA-256 of the tensors' data."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Pack:
     name: str
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    sha256: str = ""  # of the tensors' data in the file
 
     @property
     def base(self) -> str:
@@ -43,11 +47,11 @@ class Pack:
         return self.metadata.get("modelspec.trigger_phrase", "")
 
     @property
-    def reading(self) -> Reading | None:
+    def reading(self) -> TextReading | None:
         """How texts were read in its training; None where it does not say."""
         try:
             text = json.loads(self.metadata.get("sdlora.config", "{}"))["text"]
-            said = Reading(int(text["clip_skip"]), int(text["chunks"]))
+            said = TextReading(int(text["clip_skip"]), int(text["chunks"]))
         except (ValueError, LookupError, TypeError):
             return None
         return said if 1 <= said.clip_skip <= 32 and 1 <= said.chunks <= 4 else None
@@ -66,43 +70,40 @@ class Pack:
         """The adapter kind that the header names, or else that of the fewest leaves that has all those found."""
         if "sdlora.adapter" in self.metadata:
             return lookup.find("adapters", self.metadata["sdlora.adapter"])
-        found = {leaf for leaves in keys.by_module(self.tensors).values() for leaf in leaves}
-        kinds = [lookup.find("adapters", name) for name in lookup.names("adapters")]
-        able = [kind for kind in kinds if found <= kind.Adapter.leaves]
-        if not able:
-            strange = sorted(found.difference(*(kind.Adapter.leaves for kind in kinds))) or sorted(found)
-            what = f"no kind of adapter keeps its weights so: this pack holds {', '.join(strange[:3])}"
-            raise UserError("E-PACK-07", what, self.name, f"kinds that are known: {', '.join(lookup.names('adapters'))}")
-        return min(able, key=lambda kind: len(kind.Adapter.leaves))
+        return reading.kind_of({leaf for leaves in keys.by_module(self.tensors).values() for leaf in leaves})
+
+    @property
+    def embeddings(self) -> dict[str, Tensor]:
+        """Textual inversions inside the pack, by name: rows (n, width), or one for each text encoder under `name.clip_l`, `name.clip_g`."""
+        inside = {key.removeprefix(layouts.BUNDLED): tensor for key, tensor in self.tensors.items() if key.startswith(layouts.BUNDLED)}
+        return {name.replace("string_to_param.*", "").strip("."): tensor for name, tensor in inside.items()}
 
 
-def tensors_of(bank: Bank, name: str, family: Family, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
-    """One adapter's tensors under their pack keys, on the CPU. Raises `UserError` if a value does not fit the dtype."""
+def exact_tensors(bank: Bank, name: str, family: Family) -> dict[str, Tensor]:
+    """One adapter's tensors under their pack keys, float32, on the CPU."""
     found = {}
     for dotted, _, delta in bank.deltas(name):
         for leaf, tensor in delta.tensors().items():
-            key = f"{keys.module_name(dotted, family.prefixes)}.{leaf}"
-            values, own = tensor.detach().float().cpu(), torch.float32 if leaf in delta.exact else dtype
-            if not values.isfinite().all() or (own == torch.float16 and values.abs().max() > FP16_MAX):
-                raise UserError(
-                    "E-NUM-02", "a weight is not finite or too large for fp16; no pack is written", key, "lower train.lr", NUMBERS
-                )
-            found[key] = values.to(own)
-    return levelled(found)
+            found[f"{keys.module_name(dotted, family.prefixes)}.{leaf}"] = tensor.detach().float().cpu()
+    return found
 
 
-def levelled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same adapter with one alpha in all factors, the most frequent: diffusers, for one, takes one for all where they differ."""
-    modules = {module: one for module, one in keys.by_module(tensors).items() if {DOWN, UP, "alpha"} <= set(one)}
-    if not modules:
-        return tensors
-    common, _ = Counter(float(one["alpha"]) for one in modules.values()).most_common(1)[0]
-    changed = dict(tensors)
-    for module, one in modules.items():
-        if float(one["alpha"]) != common:
-            changed[f"{module}.{UP}"] = (one[UP].float() * float(one["alpha"]) / common).to(one[UP].dtype)
-            changed[f"{module}.alpha"] = torch.tensor(common)
-    return changed
+def tensors_of(bank: Bank, name: str, family: Family, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+    """The same as they are written: weights in the dtype, what must be exact in float32. Raises `UserError` if a value does not fit."""
+    return written(bank, name, family, ["kohya"], dtype)[0]["kohya"]
+
+
+def written(
+    bank: Bank, name: str, family: Family, wanted: Sequence[str], dtype: torch.dtype = torch.float16
+) -> tuple[dict[str, dict[str, Tensor]], float]:
+    """One adapter's tensors in each of the wanted layouts, as they are written; and the greatest share of numbers that became zero."""
+    exact, found, lost = exact_tensors(bank, name, family), {}, 0.0
+    precision.check_finite(exact)
+    kept = {leaf for _, _, delta in bank.deltas(name) for leaf in delta.exact} | set(layouts.MAGNITUDES)
+    for layout in wanted:
+        found[layout], zeros = precision.cast(writing.laid_out(layout, exact, family), dtype, kept)
+        lost = max(lost, zeros / max(1, sum(tensor.numel() for tensor in found[layout].values())))
+    return found, lost
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], describe: Callable[[str], dict[str, str]]) -> None:
@@ -110,7 +111,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], describe: Callable[[str], di
     ordered = {key: tensors[key].contiguous() for key in sorted(tensors)}
     metadata = describe(data_hash(safetensors.torch.save(ordered)))
     safeio.write(path, safetensors.torch.save(ordered, metadata))
-    again = load(path)
+    again = read(path)
     if again.metadata != metadata or any(not torch.equal(again.tensors[key], tensor) for key, tensor in ordered.items()):
         raise UserError("E-DISK-03", "the pack does not read back as it was written", path, "the disk may be failing: write it elsewhere")
 
@@ -121,56 +122,56 @@ def data_hash(content: bytes) -> str:
 
 
 def load(path: Path) -> Pack:
-    """Read a pack. The whole file is read once: a memory map would change under us when the file does."""
+    """Read a pack. Raises `UserError` for what is none, or is damaged."""
+    pack = read(path)
+    reading.check_numbers(pack.tensors)
+    said = {pack.metadata[name].removeprefix("0x").lower() for name in HASHES if pack.metadata.get(name)}
+    if said and pack.sha256 not in said:
+        what = f"its tensors are not those that its header was written for: their SHA-256 is {pack.sha256[:12]}, not {min(said)[:12]}"
+        raise UserError("E-PACK-30", what, path, "it was damaged or changed on its way: fetch it again from where it was published")
+    return pack
+
+
+def read(path: Path) -> Pack:
+    """A file's tensors and header. The whole file is read once: a memory map would change under us when the file does."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError("E-PACK-01", "not a pack: larger than 4 GiB", path, "name the .safetensors file of a LoRA")
-        content = path.read_bytes()
+        with path.open("rb") as opened:
+            about = os.fstat(opened.fileno())
+            if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_BYTES:
+                what = "larger than 4 GiB" if stat.S_ISREG(about.st_mode) else "no plain file"
+                raise UserError("E-PACK-01", f"not a pack: {what}", path, "name the .safetensors file of a LoRA")
+            content = opened.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(
             "E-PACK-02", f"no pack can be read here: {error.strerror}", path, "name the .safetensors file that a run wrote"
         ) from None
-    if content[8:10] != b'{"':
-        raise UserError(
-            "E-PACK-03", "not a pack: no safetensors file", path, "pickled files (.ckpt, .pt) can run code and are never opened"
-        )
+    _, metadata = strict.parse(content, path)
     try:
-        tensors = safetensors.torch.load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return Pack(path.stem, safetensors.torch.load(content), metadata, data_hash(content))
     except (SafetensorError, ValueError) as error:
-        raise UserError("E-PACK-03", f"not a pack: {error}", path, "it may be cut short: fetch it again") from None
-    metadata: dict[str, str] = header.get("__metadata__", {})
-    return Pack(path.stem, tensors, metadata)
+        raise strict.refused(str(error), path) from None
 
 
-def attach(pack: Pack, name: str, bank: Bank, family: Family) -> None:
-    """Put a pack's adapter on the bank under a name, at strength 0. Raises `UserError` before anything is changed if it doesn't fit."""
-    kind = pack.kind
-    known = keys.layer_names((name for name, layer in family.layers().items() if kind.fits(layer)), family.prefixes)
-    modules = keys.by_module(pack.tensors)
-    foreign = [module for module in modules if module not in known]
-    if foreign or not modules:
-        made_for = f"it was made for {pack.base}, " if pack.base and pack.base != family.base.name else ""
-        what = f"this pack does not fit the base {family.base.name}: {made_for}{len(foreign)} of its {len(modules)} layers are unknown here"
-        raise UserError("E-PACK-04", what, foreign[0] if foreign else pack.name, "generate with the base it was made for (--base)")
-    names = {known[module]: leaves for module, leaves in modules.items()}
-    bad = [key for key, tensor in pack.tensors.items() if not tensor.float().isfinite().all()]
-    if bad:
-        raise UserError("E-PACK-05", "this pack holds numbers that are not finite", bad[0], "train it again at a lower rate")
-    bank.add(name, dict.fromkeys(names, (kind, kind.Config.blank())), _zeros)
+def attach(pack: Pack, name: str, bank: Bank, family: Family, partial: bool = False) -> Report:
+    """Put a pack's adapter on the bank under a name, at strength 0, and say what of it acts.
+
+    Raises `UserError`, having changed nothing, for a pack of which nothing fits; and for one that fits in part, unless `partial` allows it.
+    """
+    fitted, report = reading.fit(pack.tensors, pack.metadata, family)
+    _judge(pack, fitted, report, family, partial)
+    bank.add(name, {layer: (one.kind, one.kind.Config.blank()) for layer, one in fitted.items()}, reading.unused)
+    for layer, _, delta in bank.deltas(name):
+        delta.load(fitted[layer].leaves)
+    return report
+
+
+def converted(pack: Pack, bank: Bank, family: Family, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A pack of any layout in another; the bank is left as it was. Raises `UserError` for what the base or the layout can't hold."""
+    attach(pack, name := f"{pack.name} ", bank, family)
     try:
-        for dotted, _, delta in bank.deltas(name):
-            delta.load(names[dotted])
-    except (ValueError, KeyError) as error:
+        return written(bank, name, family, [layout], dtype)[0][layout]
+    finally:
         bank.remove(name)
-        raise UserError(
-            "E-PACK-06", f"this pack does not fit the base {family.base.name}: {error}", pack.name, "generate with its own base"
-        ) from None
-
-
-def _zeros(_: str) -> Any:
-    """A stream for weights that are replaced at once."""
-    return np.random.Generator(np.random.Philox(key=0))
 
 
 def as_trained(pack: Pack, base: Base) -> Base:
@@ -180,3 +181,44 @@ def as_trained(pack: Pack, base: Base) -> Base:
     if prediction not in ("epsilon", "velocity") or (base.said and pack.base != base.name):
         return as_read
     return replace(as_read, prediction=prediction, zero_snr=pack.metadata.get("sdlora.zero_terminal_snr") == "True")
+
+
+def _judge(pack: Pack, fitted: Mapping[str, Fitted], report: Report, family: Family, partial: bool) -> None:
+    """Raise `UserError` unless the pack may be put on the base."""
+    if fitted and pack.sha256 and reading.idle(fitted):  # what has no file was trained just now, and says itself what it learnt
+        raise UserError("E-PACK-31", "nothing in this pack moves the base: on each layer a factor is zero", pack.name, "train it again")
+    if fitted and (report.complete or partial):
+        return
+    made_for = f"it was made for {pack.base}, " if pack.base and pack.base != family.base.name else ""
+    count = len(report.unknown) + len(report.ignored)
+    what = f"this pack does not fit the base {family.base.name}: {made_for}{count} of its keys and layers cannot be applied"
+    todo = "generate with the base it was made for (--base)" + ("; from Python, attach(partial=True) puts on what fits" if fitted else "")
+    raise UserError(report.code, f"{what}: {'; '.join(report.lines())}", pack.name, todo)
+
+
+def summary(pack: Pack) -> dict[str, Any]:
+    """What a pack is, by its keys and header alone: no base is needed."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    styles: Counter[str] = Counter()
+    for key, tensor in pack.tensors.items():
+        module, leaf, style = layouts.guess(key)
+        modules.setdefault(module, {})[leaf] = tensor
+        styles[style] += 1
+    kinds: Counter[str] = Counter()
+    for leaves in modules.values():
+        try:
+            kinds[reading.kind_of(layouts.plain(leaves), pack.metadata.get("sdlora.adapter", "")).__name__.rpartition(".")[2]] += 1
+        except (UserError, reading.StrangeError):
+            kinds["unknown"] += 1
+    alphas = Counter(float(leaves["alpha"]) for leaves in modules.values() if "alpha" in leaves and leaves["alpha"].numel() == 1)
+    return {
+        "layouts": dict(styles),
+        "kinds": dict(kinds),
+        "modules": len(modules),
+        "ranks": dict(Counter(rank for rank in map(reading.ranks, modules.values()) if rank)),
+        "alphas": dict(alphas),
+        "dtypes": dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in pack.tensors.values())),
+        "parameters": sum(tensor.numel() for tensor in pack.tensors.values()),
+        "embeddings": sorted(pack.embeddings),
+        "sha256": pack.sha256,
+    }

@@ -4,6 +4,7 @@ A family's `prefixes` are the whole of its key table: a component's own where it
 block that they name otherwise.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
@@ -20,8 +21,13 @@ def module_name(dotted: str, prefixes: Mapping[str, str]) -> str:
 
 
 def layer_names(layers: Iterable[str], prefixes: Mapping[str, str]) -> dict[str, str]:
-    """Pack module name -> full layer name, for every layer of a base."""
-    return {module_name(dotted, prefixes): dotted for dotted in layers if "." in dotted}
+    """Pack module name -> full layer name, for every layer of a base that packs can name."""
+    found = {}
+    for dotted in layers:
+        if "." in dotted:
+            with contextlib.suppress(KeyError):
+                found[module_name(dotted, prefixes)] = dotted
+    return found
 
 
 def by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

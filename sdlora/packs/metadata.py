@@ -41,6 +41,7 @@ class Facts:
     hidden: Secrets = field(default_factory=Secrets)
     warnings: Sequence[str] = ()  # what programs do otherwise than was trained, where the pack was to be written all the same
     regularisation: int = 0  # of the pictures
+    scale: float | None = None  # at which it was judged best
 
 
 def describe(run: Run, family: Family, facts: Facts, sha256: str) -> dict[str, str]:
@@ -75,13 +76,19 @@ def of_run(run: Run, base: str, facts: Facts, sha256: str = "") -> dict[str, str
         "ss_output_name": run.name,
         "sdlora.kind": run.kind,
         "sdlora.adapter": run.adapter.model_dump()["kind"],
-        "sdlora.recommended_scale": run.pack.recommended_scale,
+        "sdlora.recommended_scale": _scale(run, facts),
         "sdlora.privacy": run.pack.privacy,
         "sdlora.config": json.dumps(public(run, base, facts.hidden)),
     }
     if facts.warnings:
         fields["sdlora.warnings"] = json.dumps(list(facts.warnings))
     return {key: str(value) for key, value in fields.items()}
+
+
+def _scale(run: Run, facts: Facts) -> float:
+    """What the user says, or else what was measured."""
+    said = run.pack.recommended_scale
+    return said if facts.scale is None or said != 1 else facts.scale
 
 
 def _model_spec(run: Run, facts: Facts, sha256: str) -> dict[str, Any]:
@@ -97,7 +104,7 @@ def _model_spec(run: Run, facts: Facts, sha256: str) -> dict[str, Any]:
         "license": pack.license,
         "tags": ", ".join(pack.tags),
         "trigger_phrase": run.trigger,
-        "usage_hint": f"Say {run.trigger} in the prompt, at scale {run.pack.recommended_scale:g}.",
+        "usage_hint": f"Say {run.trigger} in the prompt, at scale {_scale(run, facts):g}.",
         "prediction_type": "v" if objective["kind"] == "velocity" else objective["kind"],
         "date": datetime.fromtimestamp(facts.finished_at, UTC).isoformat(timespec="seconds"),
         "hash_sha256": f"0x{sha256}",

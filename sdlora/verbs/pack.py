@@ -121,3 +121,19 @@ def open_(
         for one in api.take_pack(source, out):
             said = f"{one['kind']} of rank {', '.join(map(str, one['ranks']))} for {one['base'] or one['model'] or 'an unnamed base'}"
             say(f"{out / one['file']}: {said}, trigger {one['trigger'] or 'not said'}, scale {one['scale']:g}")
+
+
+@app.command()
+def convert(
+    pack: Annotated[Path, typer.Argument(help="the pack: a .safetensors file of any layout")],
+    layout: Annotated[str, typer.Option(help="kohya or diffusers")],
+    out: Annotated[Path, typer.Option(help="the new file")],
+    dtype: Annotated[str, typer.Option(help="fp16, bf16 or fp32")] = "fp16",
+    base: Annotated[str, typer.Option(help="its base, where the pack does not name it")] = "",
+) -> None:
+    """Write a pack in another layout, with the same effect on its base."""
+    with shown_errors():
+        from sdlora import api
+
+        for line in api.convert_pack(pack, layout, out, dtype, base):
+            say(line)

@@ -150,3 +150,13 @@ def casting(runs: "list[Run]", out: Path) -> None:
     if len(packs) < len(runs):
         say(f"stopped, and saved. Go on with: {again}, or with one of them: {again}/NAME")
         raise typer.Exit(128 + (stop.signum or signal.SIGINT))
+
+
+@app.command()
+def queue(root: Annotated[Path, typer.Argument(help="folder of the runs, with a folder `queue`", metavar="DIR")] = Path("runs")) -> None:
+    """Train the runs that wait, one after another, until none does. The web page starts this by itself."""
+    with shown_errors():
+        from sdlora import queue
+
+        for name, what in queue.work(root):
+            say(f"{name}: {what}")

@@ -1,0 +1,167 @@
+"""Runs that wait for one another: a folder of settings files, worked off by one process that outlives whoever filled it.
+
+`ROOT/queue/000007-mira.toml` asks for the run folder `ROOT/mira`. The process at work holds the folder by a lock and runs `sdlora train`
+for one entry after another, so that a run that dies takes nothing else with it. What is kept lies in files alone: whoever looks, and
+whoever comes after a crash, reads the same.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import quote, unquote
+
+from sdlora import lock, record, safeio
+from sdlora.errors import UserError
+
+FOLDER = "queue"
+WAITING, FAILED, LOG = ".toml", ".failed", ".log"
+LOOK_S = 0.5
+STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
+"""How `sdlora train` ends when it was asked to stop, or was stopped before it could listen."""
+MOST = 1000
+"""Entries that may wait."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run that is asked for."""
+
+    id: str  # its file's name without the ending
+    out: Path  # the run folder
+    state: Literal["waiting", "running", "failed"]
+    why: str  # the last line that a failed one said
+
+    @property
+    def name(self) -> str:
+        return self.out.name
+
+
+def add(root: Path, settings: str, out: Path) -> str:
+    """Ask for a run with these settings (TOML) in a folder below the root; returns the entry's id. Raises `UserError`."""
+    place = out.resolve()
+    if not place.is_relative_to(root.resolve()) or place == root.resolve():
+        raise UserError("E-QUEUE-01", f"runs of this queue lie in {root}", out, "choose a folder below it")
+    known = entries(root)
+    if any(one.out.resolve() == place for one in known if one.state != "failed"):
+        raise UserError("E-QUEUE-02", "this run waits already", out, "let it begin, or take it out of the queue first")
+    if len(known) >= MOST:
+        raise UserError("E-QUEUE-04", f"{MOST} runs wait already", root / FOLDER, "let some of them end first")
+    number = 1 + max((int(one.id.partition("-")[0]) for one in known), default=0)
+    name = f"{number:06d}-{quote(place.relative_to(root.resolve()).as_posix(), safe='')}"
+    safeio.write(root / FOLDER / f"{name}{WAITING}", settings)
+    return name
+
+
+def entries(root: Path) -> list[Entry]:
+    """Who waits, in their order; the first of them runs while somebody is at work. Failed ones stay until they are taken out."""
+    busy = is_worked(root)
+    found = []
+    for path in sorted(root.joinpath(FOLDER).glob("*-*")):
+        number, _, place = path.stem.partition("-")
+        out = root / unquote(place)
+        inside = out.resolve().is_relative_to(root.resolve())
+        if path.suffix not in (WAITING, FAILED) or not re.fullmatch(r"\d{1,18}", number) or not inside:
+            continue
+        if path.suffix == FAILED:
+            found.append(Entry(path.stem, out, "failed", _last_line(path.with_suffix(LOG))))
+        else:
+            found.append(Entry(path.stem, out, "running" if busy and record.is_running(out) else "waiting", ""))
+    return found
+
+
+def take_out(root: Path, id: str) -> None:
+    """Forget an entry that waits or failed; a run that has begun is stopped by asking it. Raises `UserError`."""
+    one = next((one for one in entries(root) if one.id == id), None)
+    if one is None or one.state == "running":
+        what = "this run is at work" if one else "there is no such run in the queue any more"
+        raise UserError("E-QUEUE-03", what, id, "ask the run itself to stop" if one else "look at the queue again")
+    _remove(root, id)
+
+
+def is_worked(root: Path) -> bool:
+    """Whether a process works the queue off."""
+    return lock.holder(root / FOLDER) is not None
+
+
+def start(root: Path) -> bool:
+    """Start a process that works the queue off, if somebody waits and nobody does; it goes on when the one that called is gone."""
+    if not any(one.state == "waiting" for one in entries(root)) or is_worked(root):
+        return False
+    words = [sys.executable, "-m", "sdlora.cli", "run", "queue", str(root.resolve())]
+    alone = {"creationflags": 0x00000208} if os.name == "nt" else {"start_new_session": True}  # DETACHED_PROCESS, NEW_PROCESS_GROUP
+    nothing = subprocess.DEVNULL
+    subprocess.Popen(words, stdin=nothing, stdout=nothing, stderr=nothing, **alone)
+    return True
+
+
+def work(root: Path) -> Iterator[tuple[str, str]]:
+    """Run what waits, one after another, until nothing does; tells (entry, what became of it). Raises `UserError` if another does so."""
+    while any(one.state != "failed" for one in entries(root)):
+        with lock.held(root / FOLDER):
+            safeio.sweep(root / FOLDER)
+            while waiting := [one for one in entries(root) if one.state != "failed"]:
+                yield waiting[0].id, "begins"
+                end = _run(root, waiting[0])
+                yield waiting[0].id, end
+                if end == "interrupted":
+                    return
+        # somebody may have asked for a run after the last look and before the lock was free, and started no other process
+
+
+def _run(root: Path, one: Entry) -> str:
+    """One run in a process of its own: finished, stopped, failed, or interrupted with the whole queue, whose entry then stays."""
+    while record.is_running(one.out):  # begun by somebody else, or by a process before this one, whose run outlived it
+        time.sleep(LOOK_S)
+    base = root / FOLDER / one.id
+    words = [sys.executable, "-m", "sdlora.cli", "train", "--config", f"{base}{WAITING}", "--out", str(one.out)]
+    asked = list[int]()
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = _followed(words, asked, f"{base}{LOG}")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        return "interrupted"
+    if code == 0 or code in STOPPED:
+        _remove(root, one.id)
+        return "stopped" if code else "finished"
+    safeio.rename(Path(f"{base}{WAITING}"), Path(f"{base}{FAILED}"))
+    return "failed"
+
+
+def _followed(words: list[str], asked: list[int], log: str) -> int:
+    """The exit code of a process whose words go into a file; signals that come are handed to it."""
+    safeio.write(Path(log), "")
+    told = 0
+    with open(log, "ab") as said:
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=os.name != "nt")
+        while process.poll() is None:
+            if told < len(asked):
+                process.send_signal(signal.SIGTERM)
+                told += 1
+            time.sleep(0.05)
+    return int(process.returncode)
+
+
+def _remove(root: Path, id: str) -> None:
+    for ending in (WAITING, FAILED, LOG):
+        path = root / FOLDER / f"{id}{ending}"
+        if path.exists():
+            safeio.remove(path)
+
+
+def _last_line(path: Path) -> str:
+    try:
+        lines = path.read_text("utf-8", "replace").split("\n")
+    except OSError:
+        return ""
+    said = [line.strip() for line in lines if line.strip()]
+    return next((line for line in said if re.search(r"\bE-[A-Z]+-\d", line)), said[-1] if said else "")
