@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import peft
 import pytest
 import small
 import torch
@@ -13,16 +12,14 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sdlora import lookup
 from sdlora.adapter import Bank, Route
 from sdlora.adapters import lora
 from sdlora.fused import Adapted, One, spare_divisions
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
+import speed
 from counting import counted
-
-LINEAR = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
 
 def banked(dtype: torch.dtype = torch.float32, layers: int = 1, **settings: object) -> Bank:
@@ -197,46 +194,16 @@ def narrow(dtype: torch.dtype) -> UNet2DConditionModel:
     return network.to(dtype).requires_grad_(False).eval()
 
 
-def step_of(network: nn.Module, parameters: list[nn.Parameter], autocast: bool) -> Callable[[], None]:
-    x, t, text = small.numbers((1, 4, 64, 64)), torch.tensor([500]), small.numbers((1, 77, 16), 1, torch.bfloat16)
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            said = network(x.bfloat16(), t, text).sample
-        F.mse_loss(said.float(), x).backward()
-        for parameter in parameters:
-            assert parameter.grad is not None
-            assert parameter.grad.dtype == torch.float32
-            parameter.grad = None
-
-    return step
-
-
-def test_a_step_takes_few_kernels_and_bytes_beside_pefts() -> None:
-    theirs = narrow(torch.bfloat16)
-    names = [name for name, layer in theirs.named_modules() if isinstance(layer, nn.Linear) and name.endswith(LINEAR)]
-    assert len(names) == 160
-    theirs.add_adapter(peft.LoraConfig(r=16, lora_alpha=16, target_modules=names))
-    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.data = parameter.data.float()
-    peers = counted(step_of(theirs, trained, autocast=True))
-
-    network = narrow(torch.bfloat16)
-    spare_divisions(network)
-    bank = Bank({"unet": network})
-    kind = lookup.find("adapters", "lora")
-    bank.add("a", dict.fromkeys([f"unet.{name}" for name in names], (kind, kind.Config(rank=16, alpha=16.0))), small.stream_of)
-    step = step_of(network, [*bank.parameters("a").values()], autocast=False)
-
-    def routed() -> None:
-        bank.route = Route(torch.ones(1))
-        step()
-
-    ours = counted(routed)
+def test_a_step_takes_few_kernels_and_bytes_beside_pefts(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    first = speed.ours(speed.NARROW, device)
+    assert len(first.ups) == 160
+    peer = speed.pefts(speed.NARROW, device, torch.bfloat16, {name: down.detach() for name, down in first.downs.items()})
+    (sample,) = speed.samples(1, 1, 512, speed.NARROW["cross_attention_dim"], device)
+    peers, ours = counted(lambda: peer.gradients(sample)), counted(lambda: first.gradients(sample))
     assert ours.kernels <= 0.55 * peers.kernels
     assert ours.moved <= 0.65 * peers.moved
     assert ours.saved < peers.saved
-    for _, layer, _ in bank.deltas("a"):
-        layer.register_forward_hook(lambda *_: None)
-    assert counted(routed).kernels > 0.9 * peers.kernels, "the control: layer by layer it is as many"
+    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in first.trained)
+    monkeypatch.setattr(lora.Adapter, "at_once", lambda *_: None)
+    assert counted(lambda: first.gradients(sample)).kernels > 0.9 * peers.kernels, "the control: layer by layer it is as many"
