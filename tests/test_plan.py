@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdlora import adapter, api, devices, estimate, family, learners, lookup, plan, quantise
+from sdlora import api, devices, estimate, family, layers, learners, lookup, plan, quantise
 from sdlora.adapter import Bank
 from sdlora.config import Train
 from sdlora.data import cache
@@ -417,4 +417,4 @@ def test_a_decoder_that_overflows_in_half_precision_is_asked_again_in_full(loade
 def test_a_number_of_bits_is_no_more_than_it_says() -> None:
     layer = nn.Linear(512, 512)
     assert math.isclose(8 * quantise.packed_bytes(512 * 512, "nf4") / layer.weight.numel(), 4.127, abs_tol=1e-2)
-    assert adapter.shape_of(Quantised(layer, "nf4", CPU)) == layer.weight.shape
+    assert layers.shape_of(Quantised(layer, "nf4", CPU)) == layer.weight.shape

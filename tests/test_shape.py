@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "lookup", "settings", "randomness", "safeio", "lock", "stop", "events", "hub", "defaults", "config",
-    "quantise", "adapter", "lowrank", "source", "original", "ldm", "vae", "family", "latent_diffusion", "objective", "optimizer",
-    "captioner",
+    "quantise", "layers", "adapter", "lowrank", "fused", "source", "original", "ldm", "vae", "family", "latent_diffusion", "objective",
+    "optimizer", "captioner",
     "families", "adapters", "objectives", "optimizers", "captioners",
     "devices", "data", "probe", "generate", "schedule", "packs", "pictures", "score", "eyes", "measures",
     "record", "queue", "charts", "plots", "report", "trackers",
