@@ -882,7 +882,7 @@ PARTS = {
 @pytest.mark.parametrize("preset", PARTS)
 def test_every_preset_finds_its_layers_and_no_others(loaded: Family, preset: str) -> None:
     fitting = {name: layer for name, layer in loaded.layers().items() if lora.fits(layer)}
-    assert set(loaded.presets) == {*PARTS, "all-linear+conv", "blocks", "cross-attention-blocks"}
+    assert set(loaded.presets) == {*PARTS, "all-linear+conv", "blocks", "cross-attention-blocks", "words"}
     chosen = choose_sites(fitting, [preset], loaded.presets)
     blocks = 2 if preset in ("text-encoder", "up-blocks") else 4  # one attention in a down block, one in the middle, two in an up block
     each = {"cross-attention": 4, "qv": 4, "attention": 8, "up-blocks": 8, "all-linear": 12, "text-encoder": 6}

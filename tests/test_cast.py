@@ -81,6 +81,7 @@ def test_each_ends_as_if_trained_alone(members: list[Run], whole: Path, tmp_path
     assert all(one.state == "finished" for one in api.runs(whole))
 
 
+@pytest.mark.slow
 def test_a_cast_stopped_anywhere_goes_on_as_if_never_stopped(members: list[Run], whole: Path, tmp_path: Path) -> None:
     stop = Stop()
     seen = go(members, tmp_path / "asked", lambda event: setattr(stop, "stop", stop.stop or event.step == 3), stop)
@@ -97,6 +98,7 @@ def test_a_cast_stopped_anywhere_goes_on_as_if_never_stopped(members: list[Run],
             assert differences(pack(tmp_path / name / run.name, run.name), pack(whole / run.name, run.name)) == []
 
 
+@pytest.mark.slow
 def test_members_go_on_alone_and_runs_join(members: list[Run], whole: Path, tmp_path: Path) -> None:
     stop = Stop()
     go(members, tmp_path / "cast", lambda event: setattr(stop, "stop", stop.stop or event.step == 2), stop)
@@ -106,6 +108,7 @@ def test_members_go_on_alone_and_runs_join(members: list[Run], whole: Path, tmp_
     assert apart(tmp_path / "cast" / "tavi", whole / "tavi") <= APART
 
 
+@pytest.mark.slow
 def test_a_stop_of_one_leaves_the_others_to_go_on(members: list[Run], whole: Path, tmp_path: Path) -> None:
     def act(event: Event) -> None:
         if event.step == 1:
@@ -209,6 +212,7 @@ def test_what_is_common_and_what_is_a_members_own(squares: Path, base: Path, tmp
     assert [run.train.steps for run in api.settle_cast(api.cast_tables(file), file, ["train.steps=9"])] == [9, 9]
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_the_config_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     few = ["train.steps=2", "train.batch_size=1", "preview.scales=[]", "preview.every=0", "data.prior_share=0.0", "train.log_every=1"]

@@ -509,6 +509,7 @@ def test_no_preview_is_worth_a_run(squares: Path, base: Path, tmp_path: Path, mo
 # ---------------------------------------------------------------- going on under other conditions
 
 
+@pytest.mark.slow
 def test_a_run_can_be_extended_and_shortened(squares: Path, base: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     go(out, small.settled(squares, base, train__steps=4))
@@ -520,6 +521,7 @@ def test_a_run_can_be_extended_and_shortened(squares: Path, base: Path, tmp_path
     assert pack(out).metadata["ss_steps"] == "5"
 
 
+@pytest.mark.slow
 def test_other_pictures_are_said(base: Path, tmp_path: Path) -> None:
     folder, out = small.draw_folder(tmp_path / "set", square=True), tmp_path / "run"
     go(out, small.settled(folder, base, train__steps=2))
@@ -528,6 +530,7 @@ def test_other_pictures_are_said(base: Path, tmp_path: Path) -> None:
     assert [text for text in told(go(out, small.settled(folder, base, train__steps=4)), "warning") if "others than before" in text]
 
 
+@pytest.mark.slow
 def test_another_machine_is_said(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     go(out, small.settled(squares, base, train__steps=2))

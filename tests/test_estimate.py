@@ -67,6 +67,7 @@ def test_weights_are_counted_once_and_the_base_is_left_as_it_was(loaded: Family,
     assert parts["base"] == pytest.approx(files, rel=0.1)
 
 
+@pytest.mark.slow
 def test_time_is_that_of_the_last_run_of_the_kind(squares: Path, base: Path, loaded: Family, tmp_path: Path) -> None:
     run = small.settled(squares, base, train__steps=12, train__log_every=2, train__save_every=12)
     assert api.check(run, tmp_path)[0]["totals"]["seconds"] is None

@@ -209,6 +209,7 @@ def scored(run: Path) -> list[dict[str, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_judging_changes_nothing_of_what_is_learnt(squares: Path, base: Path, tmp_path: Path) -> None:
     packs = []
     for name, judge in (("with", 2), ("without", 0)):
@@ -218,6 +219,7 @@ def test_judging_changes_nothing_of_what_is_learnt(squares: Path, base: Path, tm
     assert all(torch.equal(packs[0][key], tensor) for key, tensor in packs[1].items())
 
 
+@pytest.mark.slow
 def test_the_best_weights_may_go_by_the_score(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = course.Score
     monkeypatch.setattr(course, "Score", lambda step, _, *rest: real(step, {2: 0.1, 4: 0.5, 6: 0.3}[step], *rest))

@@ -143,6 +143,7 @@ def test_nothing_is_measured_where_it_need_not_be(speaking: Callable[..., Family
     assert len(asked) == 1, "the control"
 
 
+@pytest.mark.slow
 def test_a_run_on_an_unmarked_file_says_what_it_took_it_for(families: dict[str, Path], squares: Path, tmp_path: Path) -> None:
     path = bases.single_file(families["sd1"], tmp_path / "one" / "model.safetensors", **{"modelspec.resolution": "64x64"})
     assert not family.find(str(path)).said

@@ -71,6 +71,7 @@ def test_an_autoencoder_is_the_same_however_it_lies(
     assert (plain.encode(pixels)[0] - wanted * 0.5).abs().max() > 0.1, "the control"
 
 
+@pytest.mark.slow
 def test_another_autoencoder_is_taken_for_training_and_its_pictures(
     families: dict[str, Path], vaes: dict[str, Path], squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +236,7 @@ def test_states_of_another_reading_are_not_taken_from_the_cache(families: dict[s
     assert not torch.equal(read[0], read[1])
 
 
+@pytest.mark.slow
 def test_a_pack_says_how_prompts_are_read(families: dict[str, Path], squares: Path, tmp_path: Path) -> None:
     options = {"train__steps": 1, "data__resolution_px": 64, "train__text_encoder_lr": 0.0}
     for name, text in (("plain", {}), ("read", {"text__clip_skip": 2, "text__chunks": 2})):
