@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fast slow faults lint docs figures clean
+.PHONY: demo test fast slow faults lint docs figures bench clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,9 @@ docs: .venv/ready    ## write docs/settings.md and its JSON Schema from the sett
 
 figures: .venv/ready ## measure what is learnt on the embedded base (docs/measured.md)
 	$(BIN)/python bench/learning.py
+
+bench: .venv/ready   ## the training step beside PEFT's, on 1.5's UNet with random weights (docs/measured.md)
+	$(BIN)/python bench/speed.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -5,20 +5,18 @@ sits on it, a `Delta`. Which adapter acts on which sample of a batch, and how st
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import cached_property
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from sdlora.errors import UserError
-from sdlora.lookup import nearest
+from sdlora.layers import applied
 from sdlora.quantise import Quantised
 from sdlora.settings import Settings
 
@@ -92,6 +90,10 @@ class Delta(nn.Module):
         """`change` in training, where a kind may leave parts of itself out, by random numbers that each sample's key (B,) settles."""
         return self.change(layer, x, y)
 
+    def at_once(self, layer: nn.Module, x: Tensor, slot: int, bank: "Bank") -> Tensor | None:
+        """The layer's output with the change of this adapter alone, where both can be had in fewer operations together; else None."""
+        return None
+
     def merged(self, layer: nn.Module) -> Tensor | None:
         """ΔW as `change` has it at once, float32; None if the kind has none."""
         return self.difference(layer).detach().float() if self.merges else None
@@ -135,34 +137,6 @@ class Delta(nn.Module):
         return out
 
 
-def is_linear(layer: nn.Module) -> bool:
-    """Whether a layer does no more than multiply by its weight: a linear one, or a convolution of one group."""
-    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-
-
-def weight_of(layer: nn.Module) -> Tensor:
-    """A frozen layer's weight; of a packed one, what it stands for."""
-    return (layer.whole() if isinstance(layer, Quantised) else layer.get_parameter("weight")).detach()
-
-
-def shape_of(layer: nn.Module) -> torch.Size:
-    """The shape of `weight_of`, at no cost."""
-    return layer.shape if isinstance(layer, Quantised) else layer.get_parameter("weight").shape
-
-
-def product(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a frozen layer gives without its bias."""
-    return layer.product(x) if isinstance(layer, Quantised) else applied(layer, x, weight_of(layer))
-
-
-def applied(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """What the layer would give with this weight, computed in the input's dtype, and no bias."""
-    weight = weight.to(x.dtype)
-    if isinstance(layer, nn.Conv2d):
-        return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
-    return F.linear(x, weight)
-
-
 @dataclass(frozen=True)
 class Route:
     """Which adapters act on which samples of a batch.
@@ -176,6 +150,15 @@ class Route:
     index: Tensor | None = None
     active: tuple[int, ...] | None = None
     keys: Tensor | None = None
+    kept: dict[Any, Any] = field(default_factory=dict, compare=False)
+    """What kinds of adapters compute once for all layers, for as long as the route is set."""
+
+    def alike(self, slot: int) -> Tensor | None:
+        """The strength () at which a slot acts on every sample, if it is one for all of them."""
+        if self.index is not None and [own for own, _ in self.blocks] != [slot]:
+            return None
+        strength = self.strength if self.index is not None else self.strength[..., slot]
+        return strength.reshape(()) if strength.numel() == 1 else None
 
     def rows(self, slot: int, batch: int) -> tuple[Tensor | None, Tensor]:
         """The samples that a slot acts on (None: all of them) and its strength on them: (n,) or (1,)."""
@@ -228,22 +211,34 @@ class Site(nn.Module):
 
     def forward(self, x: Tensor, *rest: Any, **named: Any) -> Tensor:
         """`x` (B, ...) is what the layer works on; what else it is given (the text, to an attention) is no adapter's concern."""
-        y: Tensor = self.layer(x, *rest, **named)
         bank = self._bank[0]
-        if bank.route is None:
-            return y
+        acting = list(self._acting(bank))
+        if len(acting) == 1 and not rest and not named:
+            ((slot, delta),) = acting
+            together = delta.at_once(self.layer, x, slot, bank)
+            if together is not None:
+                return together
+        y: Tensor = self.layer(x, *rest, **named)
         by_kind: dict[type[Delta], list[tuple[int, Delta]]] = {}
+        for slot, delta in acting:
+            by_kind.setdefault(type(delta), []).append((slot, delta))
+        out = y
+        for kind, deltas in by_kind.items():
+            assert bank.route is not None
+            out = kind.mixed(deltas, self.layer, x, y, out, bank.route)
+        return out
+
+    def _acting(self, bank: "Bank") -> Iterator[tuple[int, Delta]]:
+        """(slot, delta) of those here that the bank's route lets act."""
+        if bank.route is None:
+            return
         active = bank.route.active
         for slot in range(len(bank.adapters)) if active is None else active:
             name = bank.adapters[slot]
             if name in self.deltas:
                 delta = self.deltas[name]
                 assert isinstance(delta, Delta)
-                by_kind.setdefault(type(delta), []).append((slot, delta))
-        out = y
-        for kind, deltas in by_kind.items():
-            out = kind.mixed(deltas, self.layer, x, y, out, bank.route)
-        return out
+                yield slot, delta
 
 
 @dataclass
@@ -377,23 +372,3 @@ def frozen_layers(components: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     for component, module in components.items():
         walk(component, module)
     return found
-
-
-def choose_sites(
-    layers: Iterable[str], targets: Sequence[str], presets: Mapping[str, Sequence[str]], where: str = "adapter.targets"
-) -> list[str]:
-    """Names of the layers that the targets mean, in the model's order; a target is a preset's name or a pattern (`unet.*.to_k`)."""
-    chosen: set[str] = set()
-    for target in targets:
-        for pattern in presets.get(target, [target]):
-            found = {name for name in layers if fnmatchcase(name, pattern)}
-            if not found:
-                hint = nearest(target, [*presets, *layers])
-                raise UserError(
-                    "E-ADAPT-01",
-                    f'"{target}" matches no layer that this kind of adapter fits{hint}',
-                    where,
-                    f"presets: {', '.join(presets)}; or a pattern over names such as {next(iter(layers), '')}",
-                )
-            chosen |= found
-    return [name for name in layers if name in chosen]

@@ -47,6 +47,7 @@ from sdlora.errors import UserError
 from sdlora.events import Event
 from sdlora.generate import Recipe
 from sdlora.judge import Asking
+from sdlora.making import compare_packs, merge_packs, pack_spectrum, resize_pack
 from sdlora.packs import bundle
 from sdlora.packs.card import about as about_pack
 from sdlora.packs.card import rows as about_rows
@@ -101,6 +102,7 @@ __all__ = [
     "cast_text",
     "check",
     "check_pack",
+    "compare_packs",
     "convert_pack",
     "curves",
     "described",
@@ -116,9 +118,11 @@ __all__ = [
     "header_changes",
     "inspect_base",
     "is_cast",
+    "merge_packs",
     "open_pack",
     "open_studio",
     "override",
+    "pack_spectrum",
     "parse_pack",
     "parse_scale",
     "push_pack",
@@ -128,6 +132,7 @@ __all__ = [
     "read_settings",
     "remove",
     "rename",
+    "resize_pack",
     "runs",
     "save_bytes",
     "save_picture",

@@ -154,13 +154,8 @@ def pace_name(run: Run, family: Family) -> str:
     device, dtype = devices.chosen(run.train.precision or "auto")
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.node()} {torch.get_num_threads()}"
     layout = [family.base.source.config(part) for part in family.components]
-    kind: list[Any] = [
-        run.adapter.model_dump(),
-        run.train.batch_size,
-        run.train.accumulation,
-        run.train.text_encoder_lr == 0,
-        run.train.words_lr == 0,
-    ]
-    kind += [run.data.resolution_px, run.data.prior_share]
+    kind: list[Any] = [run.adapter.model_dump(), run.train.batch_size, run.train.accumulation, run.train.text_encoder_lr == 0]
+    kind += [run.train.words_lr == 0, run.data.resolution_px, run.data.prior_share]
+    kind += [run.train.base_weights, run.train.gradient_checkpointing, run.train.attention]
     said = json.dumps([layout, kind, machine, device.type, str(dtype)])
     return f"{hashlib.blake2b(said.encode(), digest_size=20).hexdigest()}.pace"

@@ -12,7 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from sdlora import devices, estimate, family, lookup, probe
-from sdlora.adapter import Bank, Block, Delta, Piece, Targeted, choose_sites
+from sdlora.adapter import Bank, Block, Delta, Piece, Targeted
 from sdlora.config import Run, parse
 from sdlora.data import cache, captions, masks
 from sdlora.data.batches import Prepared
@@ -23,6 +23,7 @@ from sdlora.data.variants import frame
 from sdlora.errors import UserError
 from sdlora.estimate import Measured
 from sdlora.family import Base, Family, Reading
+from sdlora.layers import choose_sites
 from sdlora.objective import Noising
 from sdlora.optimizer import Optimizing, faster, groups, library
 from sdlora.quantise import numbers

@@ -8,7 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sdlora.adapter import Block, Delta, Targeted, shape_of
+from sdlora.adapter import Block, Delta, Targeted
+from sdlora.layers import shape_of
 
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 Init = Literal["kaiming", "gaussian", "orthogonal"]

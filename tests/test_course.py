@@ -526,8 +526,9 @@ def plain(memory: Any, really: Any, monkeypatch: pytest.MonkeyPatch, scarcely: A
 
 
 def test_when_not_one_sample_fits_the_run_says_so(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really = sd1.SD1.predict
     scarce(monkeypatch, 0)
-    monkeypatch.setattr(estimate, "memory", lambda *_: {})  # it takes a forward of its own
+    monkeypatch.setattr(estimate, "memory", plain(estimate.memory, really, monkeypatch, sd1.SD1.predict))  # it takes forwards of its own
     with pytest.raises(UserError, match="E-MEM-01") as caught:
         go(tmp_path / "run", small.settled(squares, base))
     assert caught.value.exit_code == 3

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora import api, family, generate, learners
-from sdlora.adapter import choose_sites
 from sdlora.adapters import lora
 from sdlora.data.buckets import Crop, pixels_of
 from sdlora.data.looks import look
@@ -24,6 +23,7 @@ from sdlora.errors import UserError
 from sdlora.families.sd2 import SD2
 from sdlora.families.sdxl import SDXL
 from sdlora.family import whole_frames
+from sdlora.layers import choose_sites
 from sdlora.packs import file, keys
 from sdlora.packs.metadata import CLOCK
 from sdlora.studio import Studio

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdlora import api, family, generate, lookup
-from sdlora.adapter import Bank, choose_sites
+from sdlora.adapter import Bank
 from sdlora.adapters import lora
 from sdlora.errors import BAD_INPUT, NUMBERS, UserError
 from sdlora.families.sd1 import SD1
 from sdlora.family import Family
 from sdlora.generate import Recipe
+from sdlora.layers import choose_sites
 from sdlora.packs import file, keys, metadata
 from sdlora.packs.file import Pack
 from sdlora.studio import Studio

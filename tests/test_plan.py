@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdlora import adapter, api, devices, estimate, family, learners, lookup, plan, quantise
+from sdlora import api, devices, estimate, family, layers, learners, lookup, plan, quantise
 from sdlora.adapter import Bank
 from sdlora.config import Train
 from sdlora.data import cache
@@ -24,6 +24,8 @@ from sdlora.quantise import Quantised
 
 CPU = torch.device("cpu")
 TARGETS = ["all-linear+conv", "text-encoder"]
+ELSEWHERE = ("full", "houlsby", "prefix", "prompt")
+"""Kinds that sit on no packed layer: refused there, or on blocks and embeddings."""
 
 
 class Alive(TorchDispatchMode):
@@ -151,7 +153,7 @@ def unpacked(layer: Quantised) -> nn.Linear:
 
 
 @pytest.mark.parametrize("how", quantise.BLOCKS)
-@pytest.mark.parametrize("kind", [name for name in lookup.names("adapters") if name not in ("full", "houlsby", "prefix")])
+@pytest.mark.parametrize("kind", [name for name in lookup.names("adapters") if name not in ELSEWHERE])
 def test_a_kind_on_packed_weights_is_the_kind_on_what_they_stand_for(kind: str, how: str) -> None:
     module, layer = lookup.find("adapters", kind), nn.Linear(48, 40)
     packed = Quantised(layer, how, CPU)
@@ -459,4 +461,4 @@ def test_a_decoder_that_overflows_in_half_precision_is_asked_again_in_full(loade
 def test_a_number_of_bits_is_no_more_than_it_says() -> None:
     layer = nn.Linear(512, 512)
     assert math.isclose(8 * quantise.packed_bytes(512 * 512, "nf4") / layer.weight.numel(), 4.127, abs_tol=1e-2)
-    assert adapter.shape_of(Quantised(layer, "nf4", CPU)) == layer.weight.shape
+    assert layers.shape_of(Quantised(layer, "nf4", CPU)) == layer.weight.shape

@@ -12,13 +12,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "lookup", "settings", "randomness", "safeio", "lock", "stop", "events", "hub", "defaults", "config",
-    "quantise", "adapter", "lowrank", "source", "original", "ldm", "vae", "family", "latent_diffusion", "objective", "optimizer",
-    "captioner",
+    "quantise", "layers", "adapter", "lowrank", "fused", "source", "original", "ldm", "vae", "family", "latent_diffusion", "objective",
+    "optimizer", "captioner",
     "families", "adapters", "objectives", "optimizers", "captioners",
     "devices", "data", "probe", "generate", "schedule", "packs", "pictures", "score", "eyes", "measures",
     "record", "queue", "charts", "plots", "report", "trackers",
     "train", "state", "validation", "diagnose", "studio", "judge", "preview", "priors", "estimate", "plan",
-    "course", "learners", "best", "export", "job", "search", "average", "cast", "sweep", "sharing", "api", "terminal", "verbs", "cli",
+    "course", "learners", "best", "export", "job", "search", "average", "cast", "sweep", "sharing", "making",
+    "api", "terminal", "verbs", "cli",
 ]  # fmt: skip
 """Bottom up; a module imports only from modules before its own."""
 CHOICES = ("families", "adapters", "objectives", "optimizers", "captioners")

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sdlora import api, average, family, learners, search
-from sdlora.adapter import Bank, choose_sites
+from sdlora.adapter import Bank
 from sdlora.adapters import lora
 from sdlora.errors import UserError
 from sdlora.events import Event
 from sdlora.family import Family
+from sdlora.layers import choose_sites
 from sdlora.packs import keys
 from sdlora.packs.file import load
 from sdlora.packs.writing import agreed

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdlora.adapter import is_linear, weight_of
+from sdlora.layers import is_linear, weight_of
 from sdlora.lowrank import Factored, Factors
 
 AXES = {"out": 0, "in": 1}

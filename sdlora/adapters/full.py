@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdlora.adapter import Delta, Targeted, applied, is_linear, shape_of
+from sdlora.adapter import Delta, Targeted
 from sdlora.errors import UserError
+from sdlora.layers import applied, is_linear, shape_of
 from sdlora.quantise import Quantised
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdlora.adapter import Delta, Targeted, is_linear, product, shape_of, weight_of
+from sdlora.adapter import Delta, Targeted
+from sdlora.layers import is_linear, product, shape_of, weight_of
 
 
 class Config(Targeted):

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdlora.adapter import Delta, is_linear, shape_of
+from sdlora.adapter import Delta
+from sdlora.layers import is_linear, shape_of
 from sdlora.lowrank import Ranked, alpha_of
 
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")

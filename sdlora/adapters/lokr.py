@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sdlora.adapter import Delta, is_linear, shape_of
+from sdlora.adapter import Delta
+from sdlora.layers import is_linear, shape_of
 from sdlora.lowrank import Ranked, alpha_of, started
 
 FORMS = [{*first, *second} for first, second in product(*([[f"lokr_{w}"], [f"lokr_{w}_a", f"lokr_{w}_b"]] for w in ("w1", "w2")))]

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from sdlora.adapter import Delta, Route, is_linear, weight_of, wide
+from sdlora.adapter import Bank, Delta, Route, wide
+from sdlora.fused import Adapted, Shadow, is_plain, shadows
+from sdlora.layers import is_linear, weight_of
 from sdlora.lowrank import DOWN, UP, Factored, Factors, Init
 from sdlora.randomness import uniform
 
@@ -67,6 +69,22 @@ class Adapter(Factors):
         kept = (self._kept(keys, 1, self.rank, ranks) * self._kept(keys, 2, 1, modules)).to(x.dtype)
         changed = self._product(layer, x, self.down, self.up, kept)
         return changed if self.first is None else changed - self._product(layer, x, *self.first, kept)
+
+    def at_once(self, layer: nn.Module, x: Tensor, slot: int, bank: Bank) -> Tensor | None:
+        route = bank.route
+        strength = route.alike(slot) if route and self.first is None and is_plain(layer) else None
+        if route is None or strength is None or (route.keys is not None and any(self.dropouts)):
+            return None
+        key = (slot, x.dtype, torch.is_grad_enabled())
+        own = route.kept.get(key, {}).get(self)
+        if own is None or own.made_of != Shadow.state(self.down, self.up):
+            loras = [delta for _, _, delta in bank.deltas(bank.adapters[slot]) if isinstance(delta, Adapter)]
+            pairs, scales = [(one.down, one.up) for one in loras], [one.scale for one in loras]
+            route.kept[key] = dict(zip(loras, shadows(pairs, scales, strength, x.dtype), strict=True))
+            own = route.kept[key][self]
+        assert isinstance(layer, nn.Linear)
+        together: Tensor = Adapted.apply(x, layer.weight, layer.bias, own.down, own.up)  # type: ignore[no-untyped-call]
+        return together
 
     def _kept(self, keys: Tensor, which: int, count: int, share: float) -> Tensor:
         """(B, count) of 0, where something is left out, and of what keeps the mean where it was; (B, 1) of 1 where all is kept."""

@@ -12,7 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sdlora.adapter import Delta, Targeted, is_linear, shape_of, weight_of
+from sdlora.adapter import Delta, Targeted
+from sdlora.layers import is_linear, shape_of, weight_of
 
 BOUND = 1e4
 """Bound of Q's norm in packs, where its name is alpha: never reached, as what it is a bound of differs from reader to reader."""

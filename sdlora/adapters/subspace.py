@@ -12,7 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sdlora.adapter import Delta, Targeted, is_linear, shape_of
+from sdlora.adapter import Delta, Targeted
+from sdlora.layers import is_linear, shape_of
 
 
 class Config(Targeted):

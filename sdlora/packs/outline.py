@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sdlora.adapter import is_linear
+from sdlora.layers import is_linear
 
 Layers = Mapping[str, int]
 """Full layer name, component first: axes of its weight."""
