@@ -63,7 +63,7 @@ def train(runs: Runs, base: Base, stop: Stop | None = None, asked: Path | None =
             members.append(Member(one, own, stack.enter_context(tracker), Log(one.out / "events.jsonl")))
         for member, events in zip(members, said, strict=True):
             yield from follow(member, events)
-        told = _together(members, Setup(loaded, Bank(loaded.components), [], planned.samples), planned, accelerator, (stop, asked))
+        told = _together(members, planned.setup(loaded, Bank(loaded.components), []), planned, accelerator, (stop, asked))
         del loaded  # what tells makes room once it is trained
         yield from told
         for error in (member.error for member in members if member.error):
@@ -85,9 +85,9 @@ def _settle(
     loaded = family.load(base, torch.device("cpu"), dtype)
     fitted = [ledger.fit_dataset(pictures, settled, loaded) for pictures, (settled, _) in zip(found, runs, strict=True)]
     measured = [memory(run, loaded, pieces(run, loaded), dataset) for (run, _), dataset in zip(runs, fitted, strict=True)]
-    planned = plan.choose(runs[0][0].train, plan.together(measured), devices.free_bytes(accelerator.device))
-    loaded.place(accelerator.device, planned.weights)
-    loaded.blocks(family.RECOMPUTED if planned.checkpointing else None)
+    before = next(filter(None, (job.weights_before(out) for _, out in runs)), "")
+    planned = plan.choose(runs[0][0].train, plan.together(measured), devices.free_bytes(accelerator.device), before)
+    planned.lay(loaded, accelerator.device)
     loaded.attend(attention)
     first = [f"attention by {attention}", planned.line()]
     jobs, said, heard = list[Job](), list[list[Event]](), list[list[str]]()
@@ -104,7 +104,7 @@ def _settle(
         changes = job.check_folder(one.settled, one.out)
         said.append([Event("note", text) for text in [*first, *changes]] + [Event("warning", text) for text in warnings])
     for one in jobs:
-        job.prepare_folder(one.settled, one.out, accelerator.device)
+        job.prepare_folder(one.settled, one.out, accelerator.device, planned.weights)
     return loaded, planned, jobs, said
 
 
@@ -114,7 +114,7 @@ def _together(members: Sequence[Member], setup: Setup, planned: Plan, accelerato
     for member in members:
         yield from follow(member, job.prepare(member, setup.family))
     if len(members) > 1:
-        for event in room(members, setup):  # of all, and so in nobody's log
+        for event in room(members, setup, planned):  # of all, and so in nobody's log
             yield members[0].job.settled.name, event
     for member in going(members):
         yield from follow(member, job.start(member, setup, accelerator))
@@ -140,26 +140,21 @@ def _together(members: Sequence[Member], setup: Setup, planned: Plan, accelerato
             yield from follow(member, job.finish(member, studio))
 
 
-def room(members: Sequence[Member], setup: Setup) -> Iterator[Event]:
-    """Say what memory all of them take, and fill the forward passes with what fits. A resumed cast keeps what its checkpoints say."""
-    jobs = [member.job for member in members]
-    parts = [one.memory for one in jobs]
-    samples = sum(given(one.settled.train.batch_size) for one in jobs)
-    total, at_once = estimate.side_by_side(parts, samples, devices.free_bytes(setup.family.device))
-    if not any(state.steps(one.out) for one in jobs):
-        setup.at_once = min((one for one in (setup.at_once, at_once) if one), default=0)
-    passes = f"{setup.at_once or samples} of {samples} samples of a step go through the network at once"
-    what = f"{len(jobs)} adapters over one base: about {total / 1e9:.2f} GB beside the libraries"
-    yield Event("note", f"{what}; {passes}", data={"bytes": total})
+def room(members: Sequence[Member], setup: Setup, planned: Plan) -> Iterator[Event]:
+    """Say what memory all of them take together."""
+    samples = sum(given(member.job.settled.train.batch_size) for member in members)
+    passes = f"{setup.fitting(samples)} of {samples} samples of a step go through the network at once"
+    what = f"{len(members)} adapters over one base: about {planned.peak / 1e9:.2f} GB beside the libraries"
+    yield Event("note", f"{what}; {passes}", data={"bytes": planned.peak})
 
 
 def _steps(members: Sequence[Member], setup: Setup, planned: Plan, asking: Asking) -> Told:
     """The training of all; whoever is through, breaks or is stopped leaves the others to go on."""
     (stop, asked), device, told = asking, setup.family.device, False
     with stop.gently():
-        devices.forget_peak(device)
         for member in members:
             yield from follow(member, given(member.course).begin())
+        devices.forget_peak(device)  # a step is measured, not the previews before it
         try:
             for trained in steps(setup):
                 if not told and (peak := devices.peak_bytes(device)):
@@ -198,8 +193,7 @@ def level(members: Sequence[Member]) -> None:
     for course in behind:
         if common and course.progress.step != common:
             found = state.restore(course.out, [course.learner], common)
-            found.progress.by = course.progress.by
-            course.progress, course.learner.step = found.progress, found.progress.step
+            job.adopt(course, found.progress)
 
 
 def follow(member: Member, events: Iterable[Event]) -> Told:

@@ -113,10 +113,15 @@ class Course:
             self.lapses = 0 if sound else self.lapses + 1
             if not sound:
                 yield from self._mend(one.step - 1)
+            measures = []
+            if one.recomputed and not self.progress.recomputed:
+                measures.append("gradient checkpointing is on")
             if one.at_once and one.at_once != self.progress.at_once:
-                what = f"memory did not suffice: from step {one.step} on only {one.at_once} samples go through the network at once"
+                measures.append(f"only {one.at_once} samples go through the network at once")
+            if measures:
+                what = f"memory did not suffice: from step {one.step} on {' and '.join(measures)}"
                 yield Event("warning", f"{what}; the result is the same but for rounding", step=one.step)
-                self.progress.at_once = one.at_once
+            self.progress.at_once, self.progress.recomputed = one.at_once, one.recomputed
 
     def _mend(self, step: int) -> Iterator[Event]:
         """Go on after a step that moved nothing, or raise `UserError` if it is better not to."""

@@ -86,16 +86,6 @@ def weight_bytes(family: Family, dtype: torch.dtype, how: str, away: Collection[
     return found
 
 
-def side_by_side(parts: Sequence[Mapping[str, int]], samples: int, free: int | None) -> tuple[int, int]:
-    """Of runs over one loaded base, whose `memory` is given: bytes of them all, and the samples that go through it at once so that these
-    fit into `free` bytes beside the base; 0: all `samples`. What kernels borrow for a moment (0.4 of the whole) is left free."""
-    activations, adapters = sum(one["activations"] for one in parts), sum(one["adapter"] for one in parts)
-    total = parts[0]["base"] + adapters + activations
-    if free is None or adapters + activations <= 0.7 * free:
-        return total, 0
-    return total, max(1, int(samples * max(0.0, 0.7 * free - adapters) / activations))
-
-
 @dataclass(frozen=True)
 class Kept:
     """Bytes that a forward of one sample keeps for the backward pass, beside weights."""

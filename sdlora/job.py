@@ -38,6 +38,7 @@ REPORTED = ("preview", "stopped", "done")
 """Events after which the report is written anew."""
 LOST = 1e-3
 """Share of numbers that may become zero in a pack unsaid: a few of a uniform start always do."""
+ENVIRONMENT = "environment.json"
 RECORDED = ("sdlora", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 
 
@@ -110,12 +111,21 @@ def check_folder(settled: Run, out: Path) -> list[str]:
     return [f"{key} changes from {old!r} to {new!r}" for key, (old, new) in changed.items()]
 
 
-def prepare_folder(settled: Run, out: Path, device: torch.device) -> None:
+def weights_before(out: Path) -> str:
+    """How the base's weights were held when the run in this folder was last trained; "" if it has no checkpoint."""
+    if not state.steps(out):
+        return ""
+    with contextlib.suppress(OSError, ValueError):
+        return str(json.loads((out / ENVIRONMENT).read_text(encoding="utf-8")).get("base_weights", "full"))
+    return ""
+
+
+def prepare_folder(settled: Run, out: Path, device: torch.device, weights: str) -> None:
     """Make the run folder, or take up the one that is there."""
     safeio.write(out / "config.toml", to_toml(settled))
     versions = {name: importlib.metadata.version(name) for name in RECORDED}
     system = {"python": platform.python_version(), "system": platform.platform(), **versions, **state.machine(device)}
-    safeio.write(out / "environment.json", json.dumps(system, indent=1))
+    safeio.write(out / ENVIRONMENT, json.dumps({**system, "base_weights": weights}, indent=1))
     for folder in (out, out / "checkpoints", out / "cache", out / "previews"):
         safeio.sweep(folder)
 
@@ -160,7 +170,7 @@ def new_course(job: Job, setup: Setup, stop: Stop) -> Course:
     data = setup.learners[slot].data
     held = [HeldOut(data.latents[i][0][0], tokens[n], data.frames[i][0], items[i].look.digest) for n, i in enumerate(job.dataset.held)]
     names = [job.dataset.account.name(item.path) for item in items]
-    progress = state.Progress(at_once=setup.at_once, dataset=job.dataset.digest, by=settled.validation.by)
+    progress = state.Progress(at_once=setup.at_once, recomputed=setup.recomputed, dataset=job.dataset.digest, by=settled.validation.by)
     asking = partial(judging, settled, job.dataset) if settled.validation.judge else None
     return Course(setup, slot, settled, job.out, names, held, progress, stop, asking=asking)
 
@@ -183,12 +193,19 @@ def take_up(course: Course) -> Iterator[Event]:
         yield Event("warning", "pictures, captions or how they are shown are others than before; what is learnt from here on is of these")
         learner.quarantine.clear()  # it names pictures by their place
         found.progress.dataset = course.progress.dataset
-    found.progress.by = course.progress.by
-    course.progress, learner.step = found.progress, found.progress.step
     setup.at_once = min((one for one in (setup.at_once, found.progress.at_once) if one), default=0)
+    if found.progress.recomputed and setup.spare:
+        setup.recompute()
+    adopt(course, found.progress)
     yield Event("note", f"going on from step {found.progress.step}", step=found.progress.step)
     for note in found.notes:
         yield Event("warning", note)
+
+
+def adopt(course: Course, progress: state.Progress) -> None:
+    """Count on from a checkpoint, by the measures that are taken now."""
+    progress.by, progress.at_once, progress.recomputed = course.progress.by, course.setup.at_once, course.setup.recomputed
+    course.progress, course.learner.step = progress, progress.step
 
 
 def take_off(member: Member) -> Iterator[Event]:

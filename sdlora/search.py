@@ -74,10 +74,8 @@ class Bench:
     def _place(self) -> None:
         """Lay the base where it computes, by the measures that the settings ask for or memory needs."""
         measured = memory(self.settled, self.family, pieces(self.settled, self.family), self.dataset)
-        planned = plan.choose(self.settled.train, measured, devices.free_bytes(self.accelerator.device))
-        self.family.place(self.accelerator.device, planned.weights)
-        self.family.blocks(family.RECOMPUTED if planned.checkpointing else None)
-        self.at_once = planned.samples
+        self.planned = plan.choose(self.settled.train, measured, devices.free_bytes(self.accelerator.device))
+        self.planned.lay(self.family, self.accelerator.device)
 
     def trial(self, settled: Run, looks: int = 1, rate: Callable[[int], float] | None = None) -> Trial:
         """Train with these settings, which may differ in all but base and data; `rate(step)`: a factor on the learning rates.
@@ -89,7 +87,7 @@ class Bench:
         bank = Bank(self.family.components)
         one = Job(settled, self.base, self.out, self.began, self.dataset, pieces(settled, self.family), self.kept)
         learner = new_learner(one, self.family, bank, self.accelerator, self.latents)
-        setup = Setup(self.family, bank, [learner], self.at_once)
+        setup = self.planned.setup(self.family, bank, [learner])
         held = job.new_course(one, setup, Stop()).held
         try:
             curve, seconds = self._followed(setup, held, looks, rate)

@@ -35,6 +35,7 @@ class Progress:
 
     step: int = 0
     at_once: int = 0  # samples that go through the network at once, once memory did not suffice for all; 0: all
+    recomputed: bool = False  # under gradient checkpointing
     validations: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
     dataset: str = ""  # a hash of the pictures and captions that it was trained on
     beside: list[str] = field(default_factory=list)  # who took the last step with it
@@ -180,7 +181,8 @@ def _read(state: dict[str, Any], learners: Sequence[Learner]) -> Progress:
         learner.quarantine = {int(picture): since for picture, since in known.items()}
     validations = [(step, loss) for step, loss in state.get("validations", [])]
     scores = [Score(**one) for one in state.get("scores", [])]
-    return Progress(state["step"], state.get("at_once", 0), validations, state.get("dataset", ""), state.get("beside", []), scores)
+    known = {name: state[name] for name in ("step", "at_once", "recomputed", "dataset", "beside") if name in state}
+    return Progress(**known, validations=validations, scores=scores)
 
 
 def _differences(state: dict[str, Any], learners: Sequence[Learner]) -> list[str]:

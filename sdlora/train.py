@@ -14,7 +14,7 @@ from sdlora.adapter import Bank, Route
 from sdlora.config import Train
 from sdlora.data.batches import Batch, Prepared, grouped
 from sdlora.errors import RESOURCES, UserError
-from sdlora.family import Family
+from sdlora.family import RECOMPUTED, Family
 from sdlora.objective import Noise, Noised, Noising, miss
 from sdlora.optimizer import rest, set_rate
 from sdlora.schedule import rate
@@ -83,6 +83,8 @@ class Setup:
     bank: Bank
     learners: list[Learner]  # by slot, as their adapters are on the bank
     at_once: int = 0  # samples that fit into one forward pass, once memory did not suffice for all; 0: whatever there is
+    recomputed: bool = False  # gradient checkpointing is on
+    spare: bool = False  # it is not, but may be turned on where memory does not suffice
 
     @property
     def goals(self) -> list[Goal]:
@@ -91,6 +93,19 @@ class Setup:
     def fitting(self, samples: int) -> int:
         """How many of so many samples go through the network at once."""
         return min(samples, self.at_once or samples)
+
+    def recompute(self) -> None:
+        """Turn gradient checkpointing on."""
+        self.recomputed, self.spare = True, False
+        self.family.blocks(RECOMPUTED)
+
+    def thriftier(self, samples: int) -> bool:
+        """Take the next measure, where memory did not suffice for so many samples at once; false: none is left."""
+        if self.spare:
+            self.recompute()
+            return True
+        self.at_once = (samples + 1) // 2
+        return samples > 1
 
 
 @dataclass(frozen=True)
@@ -101,6 +116,7 @@ class Trained:
     loss: Mapping[int, Tensor]  # by slot: the mean loss of each that took it
     finite: Mapping[int, Tensor]  # by slot: false where loss or gradient were not finite, and nothing of that learner moved
     at_once: int  # samples that one forward pass had to do with; 0: memory sufficed
+    recomputed: bool  # under gradient checkpointing
 
 
 def steps(setup: Setup) -> Iterator[Trained]:
@@ -111,7 +127,8 @@ def steps(setup: Setup) -> Iterator[Trained]:
         finite = [update(learner, loss) for learner, loss in zip(learners, losses, strict=True)]
         for learner in learners:
             learner.step += 1
-        yield Trained(learners[0].step, dict(zip(slots, losses, strict=True)), dict(zip(slots, finite, strict=True)), setup.at_once)
+        told = dict(zip(slots, losses, strict=True)), dict(zip(slots, finite, strict=True))
+        yield Trained(learners[0].step, *told, setup.at_once, setup.recomputed)
 
 
 def due(learners: Sequence[Learner]) -> list[int]:
@@ -130,7 +147,8 @@ def at_most(learners: Sequence[Learner]) -> int:
 def gradients(setup: Setup, slots: Sequence[int]) -> Tensor:
     """Leave a step's gradients on the parameters of the learners in these slots and return their losses, in this order.
 
-    Where memory does not suffice the same samples, with the same noise, go through in smaller parts from then on.
+    Where memory does not suffice the base's blocks are computed again in the backward pass, if they may be, and after that the same
+    samples, with the same noise, go through in smaller parts, from then on.
     """
     learners = [setup.learners[slot] for slot in slots]
     while True:
@@ -141,11 +159,10 @@ def gradients(setup: Setup, slots: Sequence[int]) -> Tensor:
             if not should_reduce_batch_size(error):
                 raise
             needed = str(error).splitlines()[0]
-        if at_once == 1:
+        if not setup.thriftier(at_once):
             todo = "lower data.resolution_px or adapter.rank, or free memory, and resume"
             where = f"step {learners[0].step + 1}"
             raise UserError("E-MEM-01", f"not even one sample fits into memory: {needed}", where, todo, RESOURCES)
-        setup.at_once = (at_once + 1) // 2
         for learner in learners:
             learner.optimizer.zero_grad(set_to_none=True)
         clear_device_cache(garbage_collection=True)

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from test_resume import differences, pack
 from typer.testing import CliRunner
 
-from sdlora import api, cli, job, settings, state
+from sdlora import api, cli, job, plan, settings, state
 from sdlora.api import Event
 from sdlora.config import Run
 from sdlora.errors import UserError
 from sdlora.families import sd1
+from sdlora.plan import Plan
 from sdlora.stop import Stop
 
 APART = 1e-3
@@ -158,6 +159,32 @@ def test_memory_that_does_not_suffice_costs_rounding_alone(
     seen = go(members[:2], tmp_path / "cast")
     assert [event for event in seen if event.kind == "warning" and "samples go through the network at once" in event.text]
     assert apart(tmp_path / "cast" / "tavi", whole / "tavi") <= APART
+
+
+def test_all_of_a_cast_keep_to_the_memory_that_is_set(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really, largest, planned = sd1.SD1.predict, list[int](), list[Plan]()
+
+    def predict(self: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if torch.is_grad_enabled() and x.shape[2] > 1 and planned:
+            largest.append(len(x))
+        return really(self, x, *rest)
+
+    def choose(train: Any, measured: Any, _: int | None, *rest: Any) -> Plan:
+        limit = Plan("full", True, 1, measured.parts("full", True, 1), None).peak if tight else None
+        planned.append(chosen(train, measured, limit, *rest))
+        return planned[-1]
+
+    chosen = plan.choose
+    monkeypatch.setattr(plan, "choose", choose)
+    monkeypatch.setattr(sd1.SD1, "predict", predict)
+    runs = [small.settled(squares, base, name=name, train__steps=1, data__resolution_px=32) for name in ("mira", "tavi")]
+    for tight, most in ((True, 1), (False, 4)):
+        planned.clear()
+        largest.clear()
+        (note,) = (event.text for event in go(runs, tmp_path / str(tight)) if "adapters over one base" in event.text)
+        assert f"{most} of 4 samples of a step" in note
+        assert max(largest) == most
+        assert f"about {planned[0].peak / 1e9:.2f} GB" in note
 
 
 # ---------------------------------------------------------------- what makes no sense

@@ -491,9 +491,44 @@ def test_where_memory_is_scarce_a_step_is_taken_in_parts(
     assert max(float((a[name].float() - b[name].float()).abs().max()) for name in a) < 1e-3
 
 
+@pytest.mark.parametrize("setting", ["auto", "off"])
+def test_before_that_its_blocks_are_computed_again(
+    setting: str, squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really, larger = sd1.SD1.predict, list[int]()
+
+    def predict(self: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(x) > 1 and torch.is_grad_enabled() and not self.unet.down_blocks[0].gradient_checkpointing:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        larger.extend([len(x)] * (len(x) > 1 and torch.is_grad_enabled()))
+        return really(self, x, *rest)
+
+    monkeypatch.setattr(estimate, "memory", plain(estimate.memory, really, monkeypatch, predict))
+    run, stop = small.settled(squares, base, train__gradient_checkpointing=setting), Stop()
+    seen = go(tmp_path / "run", run, stop, lambda event: setattr(stop, "stop", event.kind == "step" and event.step == 3))
+    warnings = [text for text in told(seen, "warning") if "memory did not suffice" in text]
+    assert [("checkpointing is on" in text, "samples go through" in text) for text in warnings] == [(setting == "auto", setting == "off")]
+    assert bool(larger) == (setting == "auto"), "batches stay whole"
+    again = go(tmp_path / "run", run)
+    assert not [text for text in told(again, "warning") if "memory did not suffice" in text], "it is remembered"
+
+
+def plain(memory: Any, really: Any, monkeypatch: pytest.MonkeyPatch, scarcely: Any) -> Any:
+    """What counts memory, while there is enough; afterwards there is not."""
+
+    def counted(*given: Any) -> Any:
+        monkeypatch.setattr(sd1.SD1, "predict", really)
+        found = memory(*given)
+        monkeypatch.setattr(sd1.SD1, "predict", scarcely)
+        return found
+
+    return counted
+
+
 def test_when_not_one_sample_fits_the_run_says_so(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really = sd1.SD1.predict
     scarce(monkeypatch, 0)
-    monkeypatch.setattr(estimate, "memory", lambda *_: {})  # it takes a forward of its own
+    monkeypatch.setattr(estimate, "memory", plain(estimate.memory, really, monkeypatch, sd1.SD1.predict))  # it takes forwards of its own
     with pytest.raises(UserError, match="E-MEM-01") as caught:
         go(tmp_path / "run", small.settled(squares, base))
     assert caught.value.exit_code == 3

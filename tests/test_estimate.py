@@ -14,14 +14,6 @@ from sdlora.data.store import Store
 from sdlora.family import Family
 
 
-def test_runs_side_by_side_share_the_base_and_fill_what_is_free() -> None:
-    parts = [{"base": 100, "adapter": 10, "activations": 40}, {"base": 100, "adapter": 20, "activations": 80}]
-    assert estimate.side_by_side(parts, 12, None) == (250, 0)
-    assert estimate.side_by_side(parts, 12, 1000) == (250, 0)
-    assert estimate.side_by_side(parts, 12, 130) == (250, 6), "61 of 120 bytes are there for samples"
-    assert estimate.side_by_side(parts, 12, 1) == (250, 1), "what does not fit even so is found out by the step"
-
-
 def activations(loaded: Family, base: Path, side: int, batch: int = 1, **changes: Any) -> int:
     run = small.settled(base, base, train__batch_size=batch, **changes)
     return estimate.memory(run, loaded, learners.pieces(run, loaded), [(side // 2, side), (side, side)]).parts()["activations"]

@@ -24,6 +24,8 @@ from sdlora.quantise import Quantised
 
 CPU = torch.device("cpu")
 TARGETS = ["all-linear+conv", "text-encoder"]
+ELSEWHERE = ("full", "houlsby", "prefix", "prompt")
+"""Kinds that sit on no packed layer: refused there, or on blocks and embeddings."""
 
 
 class Alive(TorchDispatchMode):
@@ -152,7 +154,7 @@ def unpacked(layer: Quantised) -> nn.Linear:
 
 
 @pytest.mark.parametrize("how", quantise.BLOCKS)
-@pytest.mark.parametrize("kind", [name for name in lookup.names("adapters") if name not in ("full", "houlsby", "prefix", "prompt")])
+@pytest.mark.parametrize("kind", [name for name in lookup.names("adapters") if name not in ELSEWHERE])
 def test_a_kind_on_packed_weights_is_the_kind_on_what_they_stand_for(kind: str, how: str) -> None:
     module, layer = lookup.find("adapters", kind), nn.Linear(48, 40)
     packed = Quantised(layer, how, CPU)
@@ -309,6 +311,42 @@ def test_the_settings_decide_which_measures_are_taken() -> None:
     assert caught.value.exit_code == RESOURCES
 
 
+def test_a_run_goes_on_over_the_weights_it_began_with() -> None:
+    auto = Train(base_weights="auto")
+    assert plan.choose(auto, MEASURED, None, "nf4").weights == "nf4", "there is room for more"
+    assert plan.choose(auto, MEASURED, 5 * GB, "8bit").weights == "8bit"
+    assert plan.choose(Train(base_weights="8bit"), MEASURED, None, "nf4").weights == "8bit", "the settings name others"
+    with pytest.raises(UserError, match=r"E-MEM-02.*began on weights in full"):
+        plan.choose(auto, MEASURED, 5 * GB, "full")
+
+
+@pytest.mark.slow
+def test_what_is_free_when_a_run_goes_on_does_not_change_its_weights(
+    squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, packs, room = small.settled(squares, base, train__base_weights="auto", adapter__targets=TARGETS), {}, 0
+    choose = plan.choose
+
+    def tight(train: Train, measured: Any, _: int | None, before: str = "") -> plan.Plan:
+        at_most = plan.Plan("8bit", True, 1, measured.parts("8bit", True, 1), None)
+        return choose(train, measured, at_most.peak if room == 0 else None, before)
+
+    monkeypatch.setattr(plan, "choose", tight)
+    for name, stops in (("whole", False), ("parts", True)):
+        room, stop = 0, api.Stop()
+        for event in api.train(run, tmp_path / name, stop):
+            stop.stop = stops and (stop.stop or event.kind == "checkpoint")
+        room = 1
+        if stops:
+            list(api.train(run, tmp_path / name))
+        assert [" in 8bit" in one["text"] for one in log(tmp_path / name) if "memory: " in one.get("text", "")] == [True] * (1 + stops)
+        packs[name] = api.open_pack(tmp_path / name / "mira.safetensors").tensors
+    for key, tensor in packs["whole"].items():
+        torch.testing.assert_close(packs["parts"][key], tensor, rtol=2e-3, atol=1e-5)
+    list(api.train(run, tmp_path / "other"))
+    assert any("weights in full" in one.get("text", "") for one in log(tmp_path / "other")), "the control: nothing was before it"
+
+
 @pytest.mark.slow
 def test_a_run_takes_the_measures_that_its_plan_says(squares: Path, base: Path, tmp_path: Path) -> None:
     run = small.settled(squares, base, adapter__targets=TARGETS)
@@ -345,7 +383,13 @@ def test_a_card_says_what_the_first_step_took(squares: Path, base: Path, tmp_pat
     run = small.settled(squares, base, train__steps=2)
     assert not any("first step took" in one.get("text", "") for one in log_of(run, tmp_path / "cpu")), "the CPU does not say"
     monkeypatch.setattr(devices, "peak_bytes", lambda _: 3 * GB)
-    (note,) = (one for one in log_of(run, tmp_path / "card") if "first step took" in one.get("text", ""))
+    measured = list[int]()
+    monkeypatch.setattr(devices, "forget_peak", lambda _: measured.append(len(list(log(tmp_path / "card")))))
+    run = small.settled(squares, base, train__steps=2, preview__every=1)
+    told = log_of(run, tmp_path / "card")
+    previews = [n for n, one in enumerate(told) if one["kind"] == "preview"]
+    assert previews[0] < measured[0] <= previews[1], "what the preview before the first step takes is no part of it"
+    (note,) = (one for one in told if "first step took" in one.get("text", ""))
     assert note["text"].startswith("memory: the first step took 3.00 GB at most, ")
     assert note["data"]["peak"] == 3 * GB
     made = plan.Plan("full", False, 0, {"base": GB, "adapter": 0, "activations": 5 * GB, "total": 6 * GB}, None)
