@@ -162,12 +162,12 @@ def _steps(members: Sequence[Member], setup: Setup, planned: Plan, asking: Askin
                 told = True
                 if asked:
                     stop.look(asked)
-                    stop.pass_on([member.stop for member in members])
+                stop.pass_on([member.stop for member in members if member.stop is not stop])
                 for member in members:
                     course = given(member.course)
                     if course.slot in trained.loss:
                         yield from follow(member, course.after(trained))
-                    elif stop.stopping and not course.learner.is_through:
+                    elif member.stop.told and not course.learner.is_through:
                         yield from follow(member, course.halt())
         except UserError as error:  # of a step that they shared
             for member in (one for one in members if not given(one.course).learner.is_through):

@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -32,16 +32,19 @@ class Stop:
     save: bool = False
     sample: bool = False
     above: "Stop | None" = None  # the wish of all that this is a part of
+    told: bool = False  # by it to stop
 
     @property
     def stopping(self) -> bool:
-        return self.stop or (self.above is not None and self.above.stopping)
+        return self.stop or self.told
 
-    def pass_on(self, parts: "Iterable[Stop]") -> None:
-        """Ask the parts to save and show themselves if all are to."""
+    def pass_on(self, parts: "Sequence[Stop]") -> None:
+        """Ask the parts to stop, save or show themselves if all are to: after one and the same step, whenever in between it is wished."""
         for part in parts:
+            part.told = self.stopping
             part.save, part.sample = part.save or self.save, part.sample or self.sample
-        self.save = self.sample = False
+        if parts:
+            self.save = self.sample = False
 
     def look(self, folder: Path) -> None:
         """Take up what files in the run folder ask for; each of them goes when it is read."""

@@ -88,6 +88,7 @@ def test_a_cast_stopped_anywhere_goes_on_as_if_never_stopped(members: list[Run],
     seen = go(members, tmp_path / "asked", lambda event: setattr(stop, "stop", stop.stop or event.step == 3), stop)
     assert [event.kind for event in seen].count("stopped") >= 2
     assert not [event for event in seen if event.kind == "done"]
+    assert {state.steps(tmp_path / "asked" / run.name)[-1] for run in members} == {4}, "all of them after one step"
     events = api.train_cast(members, tmp_path / "cut")
     assert next(event for event in events if event.kind == "checkpoint" and event.step == 4)  # the others have not saved that step
     events.close()  # type: ignore[attr-defined]
