@@ -57,6 +57,7 @@ def without_memory(name: str) -> Any:
             with self.device:
                 self.unet = UNet2DConditionModel(**config).to(torch.bfloat16).requires_grad_(False)
             self.components = {"unet": self.unet}
+            self.tokenizers: list[Any] = []
             self.latent_channels, self.latent_factor, self.step_px = 4, 8, 8 * 2 ** (len(self.unet.config.block_out_channels) - 1)
             self.text_encoder_2 = SimpleNamespace(config=SimpleNamespace(projection_dim=1280))
 
