@@ -308,8 +308,8 @@ def doubts(settled: Run, loaded: Family, pieces: Mapping[str, Piece]) -> list[st
 
 def adapted(bank: Bank, settled: Run, loaded: Family) -> tuple[str, list[dict[str, Any]]]:
     """What is trained: a sentence, and by part of the base its layers, ranks, parameters, their share of that part, learning rates."""
-    ours = sum(p.numel() for p in bank.parameters(settled.name).values())
-    whole = sum(numbers(module) for module in loaded.components.values()) - ours
+    params, base = bank.parameters(settled.name), _numbers(loaded)
+    ours, whole = sum(p.numel() for p in params.values()), sum(count for _, count in base)
     frozen = next(p for module in loaded.components.values() for p in module.parameters() if not p.requires_grad)
     where = f"on {loaded.device.type} in {str(frozen.dtype).removeprefix('torch.')}"
     deltas, rates = [*bank.deltas(settled.name)], peak_rates(settled, loaded)
@@ -317,11 +317,12 @@ def adapted(bank: Bank, settled: Run, loaded: Family) -> tuple[str, list[dict[st
     for dotted, _, delta in deltas:
         by_part.setdefault(part_of(dotted), []).append((dotted, delta))
     for part, put in by_part.items():
-        trained = sum(p.numel() for _, delta in put for p in delta.parameters())
-        base = sum(count for name, count in _numbers(loaded) if part_of(name) == part) - trained
+        named = [f"{dotted}.{leaf}" for dotted, delta in put for leaf, _ in delta.named_parameters()]
+        trained = sum(params[name].numel() for name in named if name in params)  # what layers share is known by the first of them
+        share = trained / sum(count for name, count in base if part_of(name) == part)
         ranks = sorted({int(size) for _, delta in put if isinstance(size := getattr(delta, "rank", None), int)})
         lrs = sorted({rates[dotted] for dotted, _ in put})
-        rows.append({"part": part, "layers": len(put), "ranks": ranks, "parameters": trained, "share": trained / base, "lr": lrs})
+        rows.append({"part": part, "layers": len(put), "ranks": ranks, "parameters": trained, "share": share, "lr": lrs})
     return f"{len(deltas)} layers adapted, {ours:,} parameters trained, {ours / whole:.2%} of {whole:,}, {where}", rows
 
 
@@ -340,5 +341,6 @@ def part_of(dotted: str) -> str:
 
 
 def _numbers(loaded: Family) -> list[tuple[str, int]]:
+    """How many numbers each module of the base holds itself, whatever adapters sit on it."""
     named = [(f"{part}.{name}", inner) for part, module in loaded.components.items() for name, inner in module.named_modules()]
-    return [(name, numbers(inner, recurse=False)) for name, inner in named]
+    return [(name, numbers(inner, recurse=False)) for name, inner in named if ".deltas." not in name]

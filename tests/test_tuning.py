@@ -80,6 +80,23 @@ def test_layers_have_a_rank_an_alpha_and_a_rate_of_their_own(squares: Path, base
     as_diffusers_has_it(base, tmp_path / "run" / "mira.safetensors")
 
 
+@pytest.mark.parametrize("kind", ["lora", "subspace"])
+def test_the_table_counts_each_number_once_and_no_others_adapter(kind: str, squares: Path, base: Path) -> None:
+    one = loaded(base)
+    bank, said = Bank(one.components), []
+    for name in ("mira", "tavi"):
+        run = small.settled(squares, base, name=name, adapter={"kind": kind, **({"dimension": 50} if kind == "subspace" else {"rank": 2})})
+        bank.add(name, learners.pieces(run, one), small.stream_of)
+        said.append(learners.adapted(bank, run, one))
+    assert said[0] == said[1], "whatever sits beside it"
+    sentence, rows = said[0]
+    trained = sum(p.numel() for p in bank.parameters("mira").values())
+    assert sum(row["parameters"] for row in rows) == trained
+    assert f"{trained:,} parameters trained" in sentence
+    whole = sum(p.numel() for module in loaded(base).components.values() for p in module.parameters())
+    assert f"of {whole:,}," in sentence
+
+
 def as_diffusers_has_it(base: Path, pack: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     x, t, states = small.numbers((1, 4, 8, 8)), torch.tensor([400]), small.numbers((1, small.TOKENS, 16), 1)
