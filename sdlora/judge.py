@@ -1,7 +1,7 @@
 """Which checkpoint, which scale: packs are asked for pictures at several scales, and the pictures measured (`measures`)."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -241,8 +241,3 @@ def unrelated(prompts: Sequence[str] | None, most: int) -> list[str]:
     """Prompts that do not name the trigger: the run's own, or the usual ones."""
     own = list(prompts or ()) or list(UNRELATED)
     return own[:: max(1, len(own) // most)][:most]
-
-
-def chosen(table: Mapping[str, Any]) -> float:
-    """The recommended scale of a verdict's table."""
-    return float(table["recommended"]["scale"])
