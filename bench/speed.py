@@ -2,8 +2,8 @@
 
     python bench/speed.py [--small] [--batches 1,4] [--rounds 5] [--parity 20] [--script FILE] [--write] [--out bench.json]
 
-Arms: ours (bf16); PEFT in fp32; PEFT under bf16 autocast, as diffusers' text-to-image script trains; that script's whole loop, emulated: it
-encodes pixels and texts in each step, and waits for its loss; and, with --script, the script itself (`train_text_to_image_lora.py`). Same
+Arms: ours (bf16); PEFT in fp32; PEFT under bf16 autocast, as diffusers' text-to-image script trains; that script's whole loop, emulated:
+it encodes pixels and texts in each step, and waits for its loss; and, with --script, the script itself (`train_text_to_image_lora.py`). Same
 weights, factors, pictures, noise and texts. Each arm is a process of its own, so that its peak memory is; they take turns, a step each, none
 computing while another does. Seconds are wall and CPU time; what of two warm-up steps is left out, medians are told with their spread.
 If the losses of ours or the loop differ by over 1e-3 from the autocast arm's in the first 20 steps, or their ΔW has a cosine of 0.99 or
@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import arms
-import matplotlib
 import rows
 import script
 import torch
 from safetensors.torch import load_file, save_file
+
+from sdlora.plots import Curve, plot
 
 AUTOCAST = "PEFT, bf16 autocast"
 ARMS = {"ours, bf16": 2, AUTOCAST: 2, "PEFT, fp32": 0, "diffusers' loop, emulated": 1}
@@ -118,7 +119,10 @@ def spread(values: Sequence[float]) -> str:
 
 
 def table(results: dict[int, dict[str, dict[str, Any]]], scripted: str) -> str:
-    lines = ["| arm | batch | seconds a step | CPU seconds | peak memory, GiB | losses apart | cosine of ΔW |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| arm | batch | seconds a step | CPU seconds | peak memory, GiB | losses apart | cosine of ΔW |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for batch, found in results.items():
         for name, one in found.items():
             cosine = "" if one["cosine"] is None else f"{one['cosine']:.4f}"
@@ -128,19 +132,11 @@ def table(results: dict[int, dict[str, dict[str, Any]]], scripted: str) -> str:
 
 
 def drawn(results: dict[int, dict[str, dict[str, Any]]], path: Path) -> None:
-    """Seconds a sample of each arm, a bar with its spread."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 2.8), layout="constrained")
-    labels = [(batch, name) for batch, found in results.items() for name in found]
-    for place, (batch, name) in enumerate(reversed(labels)):
-        own = [value / batch for value in results[batch][name]["wall"][WARM:]]
-        middle = statistics.median(own)
-        axes.barh(place, middle, xerr=[[middle - min(own)], [max(own) - middle]], color="#3b7" if name.startswith("ours") else "#999")
-    axes.set_yticks(range(len(labels)), [f"{name}, batch {batch}" for batch, name in reversed(labels)])
-    axes.set_xlabel("seconds a sample: median, least to most")
-    figure.savefig(path, dpi=110)
+    """Seconds a sample of each arm, by batch size."""
+    curves = [
+        Curve(name, [(batch, statistics.median(found[name]["wall"][WARM:]) / batch) for batch, found in results.items()]) for name in ARMS
+    ]
+    plot("The training step on a CPU, random weights", "batch size", "seconds a sample, median", curves).save(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     torch.set_num_threads(options.threads)
     results = {batch: measured(batch, options) for batch in map(int, options.batches.split(","))}
-    sound = all([judged(found) for found in results.values()])
+    verdicts = [judged(found) for found in results.values()]
     scripted = script.row(options.script, options.small, options.px) if options.script else ""
     shape = "a network of its structure, a fortieth as wide" if options.small else "Stable Diffusion 1.5's UNet"
     head = f"{rows.conditions('peft')} {shape}, {options.px} px, rank {arms.RANK}, 192 layers; {time.monotonic() - began:.0f} s in all."
@@ -168,12 +164,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out:
         options.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
         drawn(results, options.out.with_suffix(".png"))
-    if not sound:
+    if not all(verdicts):
         print("no result: an arm did not compute the same", file=sys.stderr)
     elif options.write:
         drawn(results, rows.PAGE.with_name("speed.png"))
         rows.put("speed", f"{text}\n\n![Seconds a sample of each arm](speed.png)")
-    return 0 if sound else 1
+    return 0 if all(verdicts) else 1
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from sdlora.trackers import Trackers
 from sdlora.train import Setup, steps
 
 COMMON = ("base", "vae", "probe", "text.clip_skip", "text.chunks", "train.precision", "train.gradient_checkpointing", "train.base_weights",
-          "train.memory_gb", "train.attention")  # fmt: skip
+          "train.memory_gb", "train.attention", "train.prefetch")  # fmt: skip
 """What all members of a cast have alike: it is the base's."""
 Runs = Sequence[tuple[Run, Path]]
 """Settings, and the folder of each."""

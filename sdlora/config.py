@@ -147,6 +147,8 @@ class Train(Settings):
     on_nonfinite: Literal["skip", "stop"] = "skip"
     """When a loss or gradient is not finite, that step moves nothing and the cause is looked for. skip: a picture that is the cause is
     left out from then on, and a lapse of half precision is passed over; stop: the run ends there. Weights that diverge always end it."""
+    prefetch: bool = False
+    """Prepare the samples of the next step on a thread while this one is computed; the result is the same, bit for bit."""
     trackers: list[str] = Field(default=[])
     """Programs that the figures of the run are told to, such as `tensorboard`; what they write lies in the run folder's `trackers`."""
 
