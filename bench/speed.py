@@ -2,12 +2,12 @@
 
     python bench/speed.py [--small] [--batches 1,4] [--rounds 5] [--parity 20] [--script FILE] [--write] [--out bench.json]
 
-Arms: ours (bf16); PEFT in fp32; PEFT under bf16 autocast, as diffusers' text-to-image script trains; that script's whole loop, emulated:
-it encodes pixels and texts in each step, and waits for its loss; and, with --script, the script itself (`train_text_to_image_lora.py`). Same
-weights, factors, pictures, noise and texts. Each arm is a process of its own, so that its peak memory is; they take turns, a step each, none
-computing while another does. Seconds are wall and CPU time; what of two warm-up steps is left out, medians are told with their spread.
-If the losses of ours or the loop differ by over 1e-3 from the autocast arm's in the first 20 steps, or their ΔW has a cosine of 0.99 or
-less with its, that is no result: the command fails.
+Arms: ours (bf16); PEFT in fp32; PEFT under bf16 autocast, as diffusers' text-to-image script trains; that script's whole loop,
+emulated: it encodes pixels and texts in each step, and waits for its loss; and, with --script, the script itself
+(`train_text_to_image_lora.py`). Same weights, factors, pictures, noise and texts. Each arm is a process of its own, so that its peak
+memory is; they take turns, a step each, none computing while another does. Seconds are wall and CPU time; two warm-up steps are left
+out, medians are told with their spread. If the losses of ours or the loop differ by over 1e-3 from the autocast arm's in the first 20
+steps, or their ΔW has a cosine of 0.99 or less with its, that is no result: the command fails.
 """
 
 import argparse

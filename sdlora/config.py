@@ -149,6 +149,9 @@ class Train(Settings):
     left out from then on, and a lapse of half precision is passed over; stop: the run ends there. Weights that diverge always end it."""
     prefetch: bool = False
     """Prepare the samples of the next step on a thread while this one is computed; the result is the same, bit for bit."""
+    profile: bool = False
+    """Look at where the time of three steps goes: base, adapter, optimizer, data, host. A page with their shares and a trace of torch's
+    profiler lie in the run folder's `profile`."""
     trackers: list[str] = Field(default=[])
     """Programs that the figures of the run are told to, such as `tensorboard`; what they write lies in the run folder's `trackers`."""
 
