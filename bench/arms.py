@@ -181,7 +181,8 @@ class Encoders:
                 down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=widths,
                 layers_per_block=2, norm_num_groups=min(widths[0], 32),
             )  # fmt: skip
-            text = CLIPTextModel(CLIPTextConfig(vocab_size=49408 if not small else 514, **of_text))
+            words = 514 if small else 49408
+            text = CLIPTextModel(CLIPTextConfig(vocab_size=words, bos_token_id=words - 2, eos_token_id=words - 1, **of_text))
         return cls(*(ready(one, device, torch.bfloat16) for one in (vae, text)))
 
     @torch.no_grad()

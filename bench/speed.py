@@ -84,7 +84,8 @@ def measured(batch: int, options: argparse.Namespace) -> dict[str, dict[str, Any
             wires[name], other = fork.Pipe()
             processes.append(fork.Process(target=work, args=(name, options.small, options.threads, other), daemon=True))
             processes[-1].start()
-            wires[name].recv()
+        for wire in wires.values():
+            wire.recv()
         for i, path in enumerate(paths):
             for name, held in ARMS.items():
                 if held or i < WARM + options.rounds:

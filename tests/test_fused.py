@@ -294,13 +294,13 @@ def test_a_step_takes_few_kernels_and_bytes_beside_pefts(monkeypatch: pytest.Mon
     (sample,) = arms.samples(1, 1, 512, arms.NARROW, device)
     peers, own = counted(lambda: peer.gradients(sample)), counted(lambda: ours.gradients(sample))
     assert own.kernels <= 0.55 * peers.kernels
-    assert own.moved <= 0.62 * peers.moved, "factors weigh more in so narrow a network than in the true one"
+    assert own.moved <= 0.61 * peers.moved, "factors weigh more in so narrow a network than in the true one"
     assert own.saved < peers.saved
     assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in ours.trained)
     monkeypatch.setattr(lora.Adapter, "at_once", lambda *_: None)
     plain = counted(lambda: ours.gradients(sample))
     assert plain.kernels > 0.8 * peers.kernels, "the control: layer by layer it is nearly as many"
-    assert plain.moved > 0.62 * peers.moved, "the control"
+    assert plain.moved > 0.65 * peers.moved, "the control"
 
 
 @pytest.mark.slow
