@@ -28,7 +28,7 @@ def base(folder: Path, small: bool) -> Path:
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
     marks = {"unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "model_max_length": arms.TOKENS}
     tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], **marks)
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     pipe = StableDiffusionPipeline(encoders.vae, encoders.text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
     pipe.save_pretrained(folder)
     return folder

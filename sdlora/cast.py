@@ -10,7 +10,7 @@ import tomli_w
 import torch
 from accelerate import Accelerator
 
-from sdlora import devices, estimate, family, job, lock, plan, profiling, safeio, settings, state
+from sdlora import compiled, devices, estimate, family, job, lock, plan, profiling, safeio, settings, state
 from sdlora.adapter import Bank
 from sdlora.config import Run, flat
 from sdlora.data import ledger, store
@@ -27,7 +27,8 @@ from sdlora.trackers import Trackers
 from sdlora.train import Setup, Trained, steps
 
 COMMON = ("base", "vae", "probe", "text.clip_skip", "text.chunks", "train.precision", "train.gradient_checkpointing", "train.base_weights",
-          "train.memory_gb", "train.attention", "train.prefetch", "train.profile")  # fmt: skip
+          "train.memory_gb", "train.attention", "train.prefetch", "train.profile",
+          "train.compile")  # fmt: skip
 """What all members of a cast have alike: it is the base's."""
 Runs = Sequence[tuple[Run, Path]]
 """Settings, and the folder of each."""
@@ -83,6 +84,8 @@ def _settle(
     kept = [store.usual(out / "cache") for _, out in runs]
     found = [ledger.read_dataset(settled, out / "cache", own) for (settled, out), own in zip(runs, kept, strict=True)]
     laps.end("pictures")
+    if runs[0][0].train.compile:
+        compiled.check(accelerator.device)
     attention = devices.attention(runs[0][0].train.attention, accelerator.device, dtype)
     loaded = family.load(base, torch.device("cpu"), dtype)
     laps.end("base")
@@ -128,6 +131,9 @@ def _together(members: Sequence[Member], setup: Setup, planned: Plan, accelerato
     if setup.family.device.type == "cuda":
         talking = any(speaks(one.job.pieces, one.job.dataset.account.used, one.job.settled) for one in going(members))
         setup.family.lay_aside(idle(setup.family, talking))
+    if members[0].job.settled.train.compile:
+        count = sum(map(compiled.compile_blocks, setup.family.components.values()))
+        yield from follow(members[0], [Event("note", f"{count} blocks of the base are compiled; the first step of each shape takes long")])
     yield from _steps(going(members), setup, planned, asking, laps)
     stopped = [member for member in going(members) if given(member.course).stopped]
     ended = [member for member in going(members) if member not in stopped]

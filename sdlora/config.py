@@ -149,6 +149,9 @@ class Train(Settings):
     left out from then on, and a lapse of half precision is passed over; stop: the run ends there. Weights that diverge always end it."""
     prefetch: bool = False
     """Prepare the samples of the next step on a thread while this one is computed; the result is the same, bit for bit."""
+    compile: bool = False
+    """Let torch's compiler join the small operations of the base's transformer blocks; the adapters stay as they are. Minutes at the start,
+    for steps that are shorter where kernels are what limits them; the result is the same but for rounding."""
     profile: bool = False
     """Look at where the time of three steps goes: base, adapter, optimizer, data, host. A page with their shares and a trace of torch's
     profiler lie in the run folder's `profile`."""

@@ -245,6 +245,10 @@ class Gate(GEGLU):  # type: ignore[misc]
         return Gated.apply(self.proj(hidden_states))  # type: ignore[no-any-return, no-untyped-call]
 
 
+FACTORS = ("output_scale_factor", "rescale_output_factor")
+"""By which diffusers' blocks divide."""
+
+
 class One(float):
     """1.0, by which a tensor is divided for nothing: diffusers' blocks divide by factors that are 1 in nearly all models."""
 
@@ -267,7 +271,7 @@ class One(float):
 def spare(network: nn.Module) -> None:
     """Divide by no factor of a network's blocks that is 1, and gate without a copy; no bit of what it computes changes by it."""
     for module in network.modules():
-        for name in ("output_scale_factor", "rescale_output_factor"):
+        for name in FACTORS:
             if vars(module).get(name) == 1:
                 setattr(module, name, One())
         if type(module) is GEGLU:

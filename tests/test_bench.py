@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import arms
 import gpu
 import rows
+import scale
 import script
 import speed
 
@@ -74,6 +75,14 @@ def test_the_gpu_bench_runs_on_narrow_networks(capsys: pytest.CaptureFixture[str
     assert rows.PAGE.read_text(encoding="utf-8") == page, "figures of a dry run are never written"
     assert gpu.main(["--dry", "--minutes", "0", "--only", "cast"]) == 0
     assert "time was up" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_scale_bench_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert scale.main(["--pictures", "3", "--ranks", "2", "--drawn", "5", "--steps", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1:3] for line in lines if line.count("|") == 12][2:] == [[" 3 ", " 16 "], [" 3 ", " 2 "]]
+    assert lines[-1].startswith("| 5 | ")
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "lookup", "settings", "randomness", "safeio", "lock", "stop", "events", "laps", "hub", "defaults", "config",
-    "quantise", "layers", "adapter", "lowrank", "fused", "source", "original", "ldm", "vae", "family", "latent_diffusion", "objective",
+    "quantise", "layers", "adapter", "lowrank", "fused", "compiled",
+    "source", "original", "ldm", "vae", "family", "latent_diffusion", "objective",
     "optimizer", "captioner",
     "families", "adapters", "objectives", "optimizers", "captioners",
     "devices", "data", "probe", "generate", "schedule", "packs", "pictures", "score", "eyes", "measures",
