@@ -290,6 +290,11 @@ def parse(table: dict[str, Any], source: object = "") -> Run:
     return build(run_class(kinds), table, source)
 
 
+def glance(table: dict[str, Any], source: object = "") -> None:
+    """Raise `UserError` for what is wrong with these tables whatever the kinds are; those, which load torch, are not asked."""
+    build(Run, {key: value for key, value in table.items() if key not in CHOICES}, source)
+
+
 def resolve(run: Run, row: str) -> Run:
     """The run with nothing left open: what depends on the job and the base (`row` of the defaults) is filled in."""
     table = run.model_dump()

@@ -46,7 +46,7 @@ def test_the_way_to_the_first_step_is_told_in_parts(base: Path, tmp_path: Path) 
     assert all(seconds >= 0 for seconds in told.values())
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help_and_misspelt_settings_import_nothing_heavy() -> None:
     heavy = ("torch", "diffusers", "transformers", "accelerate", "gradio")
     code = f"""import sys
 from sdlora.cli import app
@@ -57,5 +57,9 @@ finally:
     for words in (["--help"], ["train", "--help"], ["pack", "--help"], ["no-such-verb"]):
         said = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False).stdout
         assert said.splitlines()[-1] == "heavy: []", words
+    refused = ["train", "nowhere", "--set", "train.stepps=3"]
+    said = subprocess.run([sys.executable, "-c", code, *refused], capture_output=True, text=True, check=False)
+    assert "train.stepps: no such setting" in said.stdout + said.stderr
+    assert said.stdout.splitlines()[-1] == "heavy: []", "a misspelt setting is refused at once"
     loaded = subprocess.run([sys.executable, "-c", code, "check", "nowhere"], capture_output=True, text=True, check=False).stdout
     assert "torch" in loaded.splitlines()[-1], "the control"
