@@ -173,7 +173,9 @@ def _steps(members: Sequence[Member], setup: Setup, planned: Plan, asking: Askin
                 if not told:
                     devices.wait(device)
                     laps.end("step")
-                    yield from follow(members[0], [laps.told()])
+                    told_at = laps.told()
+                    for member in members:
+                        yield from follow(member, [told_at])
                 yield from follow(members[0], seen)
                 if not told and (peak := devices.peak_bytes(device)):
                     yield from follow(members[0], [Event("note", planned.compared(peak), data={"peak": peak, "counted": planned.peak})])
