@@ -47,4 +47,4 @@ bench-scale: .venv/ready ## memory and speed against pictures and rank (docs/mea
 	PYTHONPATH=. $(BIN)/python bench/scale.py --write
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-gpu build dist *.egg-info

@@ -2,9 +2,10 @@
 
     make bench-gpu WHEELS=FOLDER        (or: python bench/gpu.py [--minutes 7.5] [--write] [--dry])
 
-True networks with random weights made on the device, bf16, LoRA of rank 16 on all linear layers; UNet alone, with AdamW and clipping. Arms
-that are compared take turns. What no time is left for is said to be so. `--dry`: the same on narrow networks, on whatever device there is,
-to see that all of it runs; its figures mean nothing and are never written.
+It takes torch, diffusers, transformers, accelerate, peft, pydantic and, for what they do, bitsandbytes and xformers; the package
+itself need not be installed. True networks with random weights made on the device, bf16, LoRA of rank 16 on all linear layers; UNet
+alone, with AdamW and clipping. Arms that are compared take turns. What no time is left for is said to be so. `--dry`: the same on
+narrow networks, on whatever device there is, to see that all of it runs; its figures mean nothing and are never written.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from sdlora import lookup, quantise
 from sdlora.adapter import Bank, Route
 from sdlora.devices import wait
+from sdlora.errors import UserError
 from sdlora.family import RECOMPUTED, Family
 from sdlora.fused import spare
 from sdlora.randomness import stream
@@ -130,7 +132,11 @@ def memory(room: Room) -> Iterator[str]:
     for model, weights, recomputed in product(room.models, ("full", *quantise.BLOCKS), (True, False)):
         unet = room.network(model)
         if weights != "full":
-            quantise.pack(unet, weights, room.device)
+            try:
+                quantise.pack(unet, weights, room.device)
+            except UserError as error:
+                yield f"| {model} | {weights} | {'on' if recomputed else 'off'} | not measured: {error.code} | | |"
+                continue
         arm = adapted(unet, 1)
         Family.blocks(SimpleNamespace(components={"unet": unet}), RECOMPUTED if recomputed else None)  # type: ignore[arg-type]
         room.peak.clear()
@@ -203,16 +209,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     until = time.monotonic() + 60 * options.minutes
     room = Room(device, NARROW, until, steps=1, rounds=1, warm=0) if options.dry else Room(device, TRUE, until)
+    failed = False
     for name in options.only or SECTIONS:
         found = [rows.conditions("peft"), ""]
         try:
             found += SECTIONS[name](room)
         except TimeIsUpError:
             found += ["", "The rest was not measured: time was up."]
+        except RuntimeError as error:  # the other sections are worth having
+            found += ["", f"The rest failed: {str(error).splitlines()[0]}"]
+            failed = True
         print("\n".join(["", f"# {name}", *found]), flush=True)
         if options.write and not options.dry:
             rows.put(f"gpu {name}", "\n".join(found))
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

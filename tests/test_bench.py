@@ -1,6 +1,7 @@
 """The benches run from end to end, and write nothing but rows of their own."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,11 @@ def test_the_speed_bench_runs_and_its_gate_holds(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.slow
-def test_the_gpu_bench_runs_on_narrow_networks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_gpu_bench_runs_on_narrow_networks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: gpu.Room) -> Iterator[str]:
+        yield "a row"
+        raise RuntimeError("no such kernel")
+
     page = rows.PAGE.read_text(encoding="utf-8")
     assert gpu.main(["--dry", "--write"]) == 0
     said = capsys.readouterr().out
@@ -73,6 +78,9 @@ def test_the_gpu_bench_runs_on_narrow_networks(capsys: pytest.CaptureFixture[str
     assert said.count("| nf4 | on |") == len(gpu.TRUE)
     assert "does not fit" not in said
     assert rows.PAGE.read_text(encoding="utf-8") == page, "figures of a dry run are never written"
+    monkeypatch.setitem(gpu.SECTIONS, "speed", broken)
+    assert gpu.main(["--dry", "--only", "speed"]) == 1
+    assert "The rest failed: no such kernel" in capsys.readouterr().out
     assert gpu.main(["--dry", "--minutes", "0", "--only", "cast"]) == 0
     assert "time was up" in capsys.readouterr().out
 
