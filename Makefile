@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fast slow faults lint docs figures bench clean
+.PHONY: demo test fast slow faults lint docs figures bench bench-gpu bench-scale clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -34,8 +34,17 @@ docs: .venv/ready    ## write docs/settings.md and its JSON Schema from the sett
 figures: .venv/ready ## measure what is learnt on the embedded base (docs/measured.md)
 	$(BIN)/python bench/learning.py
 
-bench: .venv/ready   ## the training step beside PEFT's, on 1.5's UNet with random weights (docs/measured.md)
-	$(BIN)/python bench/speed.py
+bench: .venv/ready   ## the training step beside PEFT's, on 1.5's UNet with random weights; two quiet cores, 20 GB (docs/measured.md)
+	PYTHONPATH=. $(BIN)/python bench/speed.py --write
+
+WHEELS ?= wheels
+bench-gpu:           ## all that only a GPU shows; its Python has torch, the folder WHEELS the rest (docs/measured.md)
+	$(PYTHON) -m venv --system-site-packages .venv-gpu
+	if ls $(WHEELS)/*.whl > /dev/null 2>&1; then .venv-gpu/bin/python -m pip install --quiet --no-index --no-deps $(WHEELS)/*.whl; fi
+	PYTHONPATH=. .venv-gpu/bin/python bench/gpu.py --write
+
+bench-scale: .venv/ready ## memory and speed against pictures and rank (docs/measured.md)
+	PYTHONPATH=. $(BIN)/python bench/scale.py --write
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-gpu build dist *.egg-info

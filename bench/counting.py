@@ -3,11 +3,14 @@
 Counts depend on the program alone, so a loaded machine, or one without a GPU, measures them as well as any other.
 """
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,7 +27,8 @@ class Counted(TorchDispatchMode):
         super().__init__()
         self.by_name: Counter[str] = Counter()
         self.moved = 0  # bytes that kernels read and write
-        self._kept: dict[int, int] = {}
+        self._kept: dict[int, int] = {}  # bytes of a storage, by its address
+        self._held: list[Tensor] = []  # so that no address is given out twice
         self._hooks = saved_tensors_hooks(self._keep, lambda tensor: tensor)
 
     @property
@@ -48,8 +52,14 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+        if func._schema.name.startswith("prim::"):  # a question, such as where a tensor is
+            return out
+        outs = {one.name for one in func._schema.arguments if one.is_out}  # only written to, and among what is given back
+        read = {key: value for key, value in (kwargs or {}).items() if key not in outs}
+        tensors = [leaf for leaf in tree_leaves((args, read, out)) if isinstance(leaf, Tensor)]
         is_view = bool(tensors) and not func._schema.is_mutable and views(args, out)
+        if name == "convolution_backward" and not args[-1][1]:  # without a gradient of the weight the input is not read
+            tensors = [one for one in tensors if one is not args[1]]
         if not is_view and name not in ALLOCATE and not name.startswith("_local_scalar"):
             self.by_name[name] += launches(name, args, out)
             self.moved += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -57,7 +67,8 @@ class Counted(TorchDispatchMode):
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        self._kept[storage.data_ptr()] = storage.nbytes()
+        self._kept[storage._cdata] = storage.nbytes()
+        self._held.append(tensor)
         return tensor
 
 
@@ -74,6 +85,35 @@ def launches(name: str, args: Any, out: Any) -> int:
         return 1
     lists = [one for one in [*args, out] if isinstance(one, (list, tuple)) and one and isinstance(one[0], Tensor)]
     return -(-len(lists[0]) // AT_ONCE[min(len(lists), len(AT_ONCE)) - 1])
+
+
+def hollow(network: nn.Module, mode: FakeTensorMode) -> None:
+    """Give a network tensors without memory, that know device, dtype and shape: they can be counted, and not computed with."""
+    for module in network.modules():
+        for name, one in list(module._parameters.items()):
+            if one is not None:
+                module._parameters[name] = nn.Parameter(mode.from_tensor(one.data), requires_grad=one.requires_grad)
+        for name, buffer in list(module._buffers.items()):
+            module._buffers[name] = None if buffer is None else mode.from_tensor(buffer)
+
+
+@contextlib.contextmanager
+def full_norms() -> Iterator[None]:
+    """Norms in fp32, as autocast has them on a GPU, and not on a CPU."""
+    layer, group = F.layer_norm, F.group_norm
+
+    def in_full(norm: Any) -> Any:
+        def of(x: Tensor, how: Any, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+            said: Tensor = norm(x.float(), how, weight.float(), bias.float(), eps)
+            return said
+
+        return of
+
+    F.layer_norm, F.group_norm = in_full(layer), in_full(group)
+    try:
+        yield
+    finally:
+        F.layer_norm, F.group_norm = layer, group
 
 
 def counted(step: Callable[[], object]) -> Counted:

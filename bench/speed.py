@@ -1,176 +1,176 @@
-"""The training step beside PEFT's, on Stable Diffusion 1.5's UNet with random weights: time, memory, kernels, bytes; and the same result.
+"""The training step beside others on a CPU: Stable Diffusion 1.5's UNet with random weights, and a check that all compute the same.
 
-    python bench/speed.py [--small] [--px 256] [--batch 1] [--rounds 5] [--steps 1] [--parity 20]
+    python bench/speed.py [--small] [--batches 1,4] [--rounds 5] [--parity 20] [--script FILE] [--write] [--out bench.json]
 
-Arms: ours (bf16 base, factors fp32); PEFT under autocast, as diffusers' scripts train (bf16 base, factors fp32); PEFT in fp32 throughout.
-All start from the same factors and see the same latents, noise and texts; AdamW at 1e-4 (fused), gradients clipped at 1. Rounds are
-interleaved; what is told is CPU time, which others on the machine disturb less, and on a GPU the time until it is done. If losses of ours
-differ by over 1e-3 of the autocast arm's, or its ΔW has a cosine with that arm's of 0.99 or less, it is no result: the command fails.
+Arms: ours (bf16); PEFT in fp32; PEFT under bf16 autocast, as diffusers' text-to-image script trains; that script's whole loop,
+emulated: it encodes pixels and texts in each step, and waits for its loss; and, with --script, the script itself
+(`train_text_to_image_lora.py`). Same weights, factors, pictures, noise and texts. Each arm is a process of its own, so that its peak
+memory is; they take turns, a step each, none computing while another does. Seconds are wall and CPU time; two warm-up steps are left
+out, medians are told with their spread. If the losses of ours or the loop differ by over 1e-3 from the autocast arm's in the first 20
+steps, or their ΔW has a cosine of 0.99 or less with its, that is no result: the command fails.
 """
 
 import argparse
+import json
+import multiprocessing
+import resource
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-import peft
+import arms
+import rows
+import script
 import torch
-import torch.nn.functional as F
-from counting import Counted, counted, table
-from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
 
-from sdlora import lookup
-from sdlora.adapter import Bank, Route
-from sdlora.fused import spare_divisions
-from sdlora.randomness import normal, stream
+from sdlora.plots import Curve, plot
 
-SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-NARROW: dict[str, Any] = {"sample_size": 64, "block_out_channels": (8, 16, 24, 24), "cross_attention_dim": 16, "attention_head_dim": 2,
-                          "norm_num_groups": 8}  # fmt: skip
-ADAPTED = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
-RANK = 16
-Named = dict[str, nn.Parameter]
+AUTOCAST = "PEFT, bf16 autocast"
+ARMS = {"ours, bf16": 2, AUTOCAST: 2, "PEFT, fp32": 0, "diffusers' loop, emulated": 1}
+"""2: what the others are held to, and what is; 1: is; 0: computes in another precision."""
+WARM = 2
 
 
-@dataclass
-class Arm:
-    """One way to train: `predict(x, t, text)`, and its factors by the name of the layer."""
-
-    predict: Callable[[Tensor, Tensor, Tensor], Tensor]
-    downs: Named
-    ups: Named
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.trained = [*self.downs.values(), *self.ups.values()]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=1e-2, fused=True)
-
-    def difference(self) -> Tensor:
-        """ΔW of all layers in a row; none is there at the start."""
-        return torch.cat([(up @ self.downs[name]).detach().flatten() for name, up in self.ups.items()])
-
-    def gradients(self, sample: Sequence[Tensor]) -> Tensor:
-        x, t, text, target = sample
-        loss = F.mse_loss(self.predict(x, t, text).float(), target)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
-
-    def step(self, sample: Sequence[Tensor]) -> Tensor:
-        loss = self.gradients(sample)
-        nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss
+def made(name: str, small: bool) -> arms.Arm:
+    config, device = arms.NARROW if small else arms.SD15, torch.device("cpu")
+    if name.startswith("ours"):
+        return arms.ours(arms.network(config, device, torch.bfloat16))
+    unet = arms.network(config, device, torch.float32 if "fp32" in name else torch.bfloat16)
+    arm = arms.pefts(unet, arms.starts(unet))
+    if "loop" in name:
+        arm.encode, arm.asks = arms.Encoders.new(small, device), True
+    return arm
 
 
-def network(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return UNet2DConditionModel(**config).to(device, dtype).requires_grad_(False).eval()
+def work(name: str, small: bool, threads: int, wire: Connection) -> None:
+    """An arm's process: steps on samples that it is sent by file, until it is sent none."""
+    torch.set_num_threads(threads)
+    arm = made(name, small)
+    wire.send(None)
+    while path := wire.recv():
+        sample, wall, cpu = load_file(path), time.perf_counter(), time.process_time()
+        loss = float(arm.step(sample))
+        wire.send((loss, time.perf_counter() - wall, time.process_time() - cpu))
+    learnt = {f"{layer}.down": one.detach() for layer, one in arm.downs.items()}
+    learnt |= {f"{layer}.up": one.detach() for layer, one in arm.ups.items()}
+    save_file({key: value.contiguous() for key, value in learnt.items()}, wire.recv())
+    wire.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
-def names_in(unet: nn.Module) -> list[str]:
-    return [name for name, layer in unet.named_modules() if isinstance(layer, nn.Linear) and name.endswith(ADAPTED)]
+def written(folder: Path, count: int, batch: int, small: bool, px: int) -> list[str]:
+    """Each step's sample as a file: pixels and ids, and what they are encoded as."""
+    device = torch.device("cpu")
+    encoders, paths = arms.Encoders.new(small, device), []
+    for i, sample in enumerate(arms.samples(count, batch, px, arms.NARROW if small else arms.SD15, device, pixels=True)):
+        paths.append(str(folder / f"{i}.safetensors"))
+        save_file({key: value.contiguous() for key, value in encoders(sample).items()}, paths[-1])
+    return paths
 
 
-def ours(config: dict[str, Any], device: torch.device) -> Arm:
-    unet = network(config, device, torch.bfloat16)
-    spare_divisions(unet)
-    names, kind, bank = names_in(unet), lookup.find("adapters", "lora"), Bank({"unet": unet})
-    pieces = {f"unet.{name}": (kind, kind.Config(rank=RANK, alpha=float(RANK))) for name in names}
-    bank.add("a", pieces, lambda dotted: stream(0, dotted))
-
-    def predict(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        bank.route = Route(torch.ones(1, device=device))
-        said: Tensor = unet(x.bfloat16(), t, text.bfloat16()).sample
-        return said
-
-    found = bank.parameters("a")
-    return Arm(predict, {name: found[f"unet.{name}.down"] for name in names}, {name: found[f"unet.{name}.up"] for name in names})
-
-
-def pefts(config: dict[str, Any], device: torch.device, dtype: torch.dtype, start: dict[str, Tensor]) -> Arm:
-    unet = network(config, device, dtype)
-    names = names_in(unet)
-    unet.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
-    for parameter in unet.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    half = dtype != torch.float32
-
-    def predict(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            said: Tensor = unet(x.to(dtype), t, text.to(dtype)).sample
-        return said
-
-    found = dict(unet.named_parameters())
-    downs, ups = ({name: found[f"{name}.lora_{side}.default.weight"] for name in names} for side in "AB")
-    with torch.no_grad():
-        for name, value in start.items():
-            downs[name].copy_(value)
-    return Arm(predict, downs, ups)
-
-
-def samples(count: int, batch: int, px: int, width: int, device: torch.device) -> list[list[Tensor]]:
-    """(x, t, text, target) of each step."""
-    found = []
-    for i in range(count):
-        x, target = (normal((batch, 4, px // 8, px // 8), i, what).to(device) for what in ("x", "target"))
-        t = torch.from_numpy(stream(i, "t").integers(0, 1000, batch)).to(device)
-        found.append([x, t, normal((batch, 77, width), i, "text").to(device), target])
+def measured(batch: int, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What each arm did at this batch size: losses, seconds, memory, what it learnt."""
+    fork = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        paths = written(folder, max(options.parity if batch == 1 else 0, WARM + options.rounds), batch, options.small, options.px)
+        wires, processes, found = {}, [], {name: {"losses": [], "wall": [], "cpu": []} for name in ARMS}
+        for name in ARMS:
+            wires[name], other = fork.Pipe()
+            processes.append(fork.Process(target=work, args=(name, options.small, options.threads, other), daemon=True))
+            processes[-1].start()
+        for wire in wires.values():
+            wire.recv()
+        for i, path in enumerate(paths):
+            for name, held in ARMS.items():
+                if held or i < WARM + options.rounds:
+                    wires[name].send(path)
+                    for key, value in zip(("losses", "wall", "cpu"), wires[name].recv(), strict=True):
+                        found[name][key].append(value)
+        for i, name in enumerate(ARMS):
+            wires[name].send("")
+            wires[name].send(str(folder / f"learnt-{i}.safetensors"))
+            found[name]["gib"] = wires[name].recv()
+            found[name]["learnt"] = load_file(folder / f"learnt-{i}.safetensors")
+        for process in processes:
+            process.join()
     return found
 
 
-def timed(arm: Arm, given: Sequence[Sequence[Tensor]], device: torch.device) -> None:
-    """Train on these samples, in seconds for each."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    began = clock()
-    losses = [arm.step(one) for one in given]
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    arm.seconds.append((clock() - began) / len(given))
-    arm.losses += torch.stack(losses).tolist()
+def judged(found: dict[str, dict[str, Any]]) -> bool:
+    """Put each arm's distance from the autocast arm beside its figures; whether those that are held to it are near it."""
+    sound, peer = True, found[AUTOCAST]
+    for name, held in ARMS.items():
+        one = found[name]
+        count = min(len(one["losses"]), len(peer["losses"]))
+        one["apart"] = arms.apart(one["losses"][:count], peer["losses"][:count])
+        one["cosine"] = arms.cosine(one["learnt"], peer["learnt"]) if held else None
+        sound &= not held or (one["apart"] <= 1e-3 and one["cosine"] > 0.99)
+    return sound
 
 
-def apart(arm: Arm, other: Arm, first: int) -> tuple[float, float]:
-    """The largest relative difference of the first losses, and the cosine of what was learnt."""
-    losses = max(abs(a - b) / b for a, b in zip(arm.losses[:first], other.losses[:first], strict=True))
-    return losses, float(F.cosine_similarity(arm.difference(), other.difference(), 0))
+def spread(values: Sequence[float]) -> str:
+    own = values[WARM:]
+    return f"{statistics.median(own):.3f} ({min(own):.3f} to {max(own):.3f})"
+
+
+def table(results: dict[int, dict[str, dict[str, Any]]], scripted: str) -> str:
+    lines = [
+        "| arm | batch | seconds a step | CPU seconds | peak memory, GiB | losses apart | cosine of ΔW |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for batch, found in results.items():
+        for name, one in found.items():
+            cosine = "" if one["cosine"] is None else f"{one['cosine']:.4f}"
+            figures = f"{spread(one['wall'])} | {spread(one['cpu'])} | {one['gib']:.2f} | {one['apart']:.1e} | {cosine}"
+            lines.append(f"| {name} | {batch} | {figures} |")
+    return "\n".join([*lines, *([scripted] if scripted else [])])
+
+
+def drawn(results: dict[int, dict[str, dict[str, Any]]], path: Path) -> None:
+    """Seconds a sample of each arm, by batch size."""
+    curves = [
+        Curve(name, [(batch, statistics.median(found[name]["wall"][WARM:]) / batch) for batch, found in results.items()]) for name in ARMS
+    ]
+    plot("The training step on a CPU, random weights", "batch size", "seconds a sample, median", curves).save(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a network of the same structure, a fortieth as wide")
-    for name, value in (("px", 256), ("batch", 1), ("rounds", 5), ("steps", 1), ("parity", 20)):
+    parser.add_argument("--batches", default="1,4")
+    for name, value in (("px", 256), ("rounds", 5), ("parity", 20), ("threads", torch.get_num_threads())):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--script", type=Path, help="diffusers' train_text_to_image_lora.py, of a checkout")
+    parser.add_argument("--write", action="store_true", help="put the figures into docs/measured.md")
+    parser.add_argument("--out", type=Path, help="write all figures as JSON, and the plot beside")
     options = parser.parse_args(arguments)
-    config, device = NARROW if options.small else SD15, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    first = ours(config, device)
-    start = {name: down.detach().clone() for name, down in first.downs.items()}
-    arms = {"ours": first}
-    for name, dtype in (("PEFT, autocast", torch.bfloat16), ("PEFT, fp32", torch.float32)):
-        arms[name] = pefts(config, device, dtype, start)
-    rounds = -(-max(options.parity, options.rounds * options.steps) // options.steps)
-    given = samples(rounds * options.steps, options.batch, options.px, config["cross_attention_dim"], device)
-    for i in range(rounds):
-        for arm in arms.values():
-            timed(arm, given[i * options.steps : (i + 1) * options.steps], device)
-    what = "seconds, on the device" if device.type == "cuda" else "CPU seconds"
-    print(f"| arm | {what} a step, median (least to most) | loss apart | cosine of ΔW |\n|---|---|---|---|")
-    sound = True
-    for name, arm in arms.items():
-        loss, cosine = apart(arm, arms["PEFT, autocast"], options.parity)
-        sound &= name == "PEFT, fp32" or (loss <= 1e-3 and cosine > 0.99)
-        own = arm.seconds[1:] or arm.seconds  # the first round warms up
-        print(f"| {name} | {statistics.median(own):.3f} ({min(own):.3f} to {max(own):.3f}) | {loss:.1e} | {cosine:.4f} |")
-    counts: dict[str, Counted] = {name: counted(lambda arm=arm: arm.gradients(given[0])) for name, arm in arms.items()}
-    print("\n".join(["", *table(counts)]))
-    print("" if sound else "\nno result: an arm did not compute the same", file=sys.stdout if sound else sys.stderr)
-    return 0 if sound else 1
+    began = time.monotonic()
+    torch.set_num_threads(options.threads)
+    results = {batch: measured(batch, options) for batch in map(int, options.batches.split(","))}
+    verdicts = [judged(found) for found in results.values()]
+    scripted = script.row(options.script, options.small, options.px) if options.script else ""
+    shape = "a network of its structure, a fortieth as wide" if options.small else "Stable Diffusion 1.5's UNet"
+    head = f"{rows.conditions('peft')} {shape}, {options.px} px, rank {arms.RANK}, 192 layers; {time.monotonic() - began:.0f} s in all."
+    text = f"{head}\n\n{table(results, scripted)}"
+    print(text)
+    for found in results.values():
+        for one in found.values():
+            one.pop("learnt")
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        drawn(results, options.out.with_suffix(".png"))
+    if not all(verdicts):
+        print("no result: an arm did not compute the same", file=sys.stderr)
+    elif options.write:
+        drawn(results, rows.PAGE.with_name("speed.png"))
+        rows.put("speed", f"{text}\n\n![Seconds a sample of each arm](speed.png)")
+    return 0 if all(verdicts) else 1
 
 
 if __name__ == "__main__":

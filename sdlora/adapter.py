@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sdlora.errors import UserError
-from sdlora.layers import applied
+from sdlora.layers import applied, readers
 from sdlora.quantise import Quantised
 from sdlora.settings import Settings
 
@@ -250,6 +250,11 @@ class Bank:
     sites: dict[str, Site] = field(default_factory=dict)
     route: Route | None = None
     before: dict[str, Tensor] = field(default_factory=dict)  # the base's weights that something was merged into, as they were
+
+    @cached_property
+    def readers(self) -> list[tuple[nn.Module, Sequence[str]]]:
+        """Of all components, layers that read the same, as `layers.readers` says."""
+        return [found for component in self.components.values() for found in readers(component)]
 
     def add(self, name: str, pieces: Mapping[str, Piece], rng: Any) -> None:
         """Put a new adapter on, a piece on each of the named layers; `rng(layer name)` gives the random stream of each."""

@@ -10,7 +10,7 @@ import tomli_w
 import torch
 from accelerate import Accelerator
 
-from sdlora import devices, estimate, family, job, lock, plan, safeio, settings, state
+from sdlora import compiled, devices, estimate, family, job, lock, plan, profiling, safeio, settings, state
 from sdlora.adapter import Bank
 from sdlora.config import Run, flat
 from sdlora.data import ledger, store
@@ -18,15 +18,17 @@ from sdlora.errors import UserError
 from sdlora.events import Event, Log
 from sdlora.family import Base, Family
 from sdlora.job import Member
+from sdlora.laps import Laps
 from sdlora.learners import Job, check_objective, check_optimizer, doubts, given, idle, memory, pieces, speaks
 from sdlora.plan import Plan
 from sdlora.stop import FILES, Stop
 from sdlora.studio import Studio
 from sdlora.trackers import Trackers
-from sdlora.train import Setup, steps
+from sdlora.train import Setup, Trained, steps
 
 COMMON = ("base", "vae", "probe", "text.clip_skip", "text.chunks", "train.precision", "train.gradient_checkpointing", "train.base_weights",
-          "train.memory_gb", "train.attention")  # fmt: skip
+          "train.memory_gb", "train.attention", "train.prefetch", "train.profile",
+          "train.compile")  # fmt: skip
 """What all members of a cast have alike: it is the base's."""
 Runs = Sequence[tuple[Run, Path]]
 """Settings, and the folder of each."""
@@ -48,7 +50,7 @@ def train(runs: Runs, base: Base, stop: Stop | None = None, asked: Path | None =
 
     Who breaks leaves the others to go on; the first error is raised in the end.
     """
-    stop = stop or Stop()
+    stop, laps = stop or Stop(), Laps()
     accelerator, dtype = devices.for_training(given(runs[0][0].train.precision))
     trackers = []
     for settled, out in runs:
@@ -56,14 +58,14 @@ def train(runs: Runs, base: Base, stop: Stop | None = None, asked: Path | None =
         check_optimizer(settled)
         trackers.append(Trackers(settled.train.trackers, settled.name, out / "trackers"))
     with contextlib.ExitStack() as stack:
-        loaded, planned, jobs, said = _settle(runs, base, accelerator, dtype, stack)
+        loaded, planned, jobs, said = _settle(runs, base, (accelerator, dtype), stack, laps)
         timing, members = estimate.pace_name(runs[0][0], loaded), []
         for one, tracker in zip(jobs, trackers, strict=True):
             own = stop if len(jobs) == 1 else Stop(above=stop)
             members.append(Member(one, own, stack.enter_context(tracker), Log(one.out / "events.jsonl")))
         for member, events in zip(members, said, strict=True):
             yield from follow(member, events)
-        told = _together(members, planned.setup(loaded, Bank(loaded.components), []), planned, accelerator, (stop, asked))
+        told = _together(members, planned.setup(loaded, Bank(loaded.components), []), planned, accelerator, (stop, asked), laps)
         del loaded  # what tells makes room once it is trained
         yield from told
         for error in (member.error for member in members if member.error):
@@ -73,22 +75,27 @@ def train(runs: Runs, base: Base, stop: Stop | None = None, asked: Path | None =
 
 
 def _settle(
-    runs: Runs, base: Base, accelerator: Accelerator, dtype: torch.dtype, stack: contextlib.ExitStack
+    runs: Runs, base: Base, on: tuple[Accelerator, torch.dtype], stack: contextlib.ExitStack, laps: Laps
 ) -> tuple[Family, Plan, list[Job], list[list[Event]]]:
     """The base and the plan by which it lies in memory; the runs, once they are known to suit it, in folders that are theirs; and what is
     to be said of each first."""
-    began = time.time()
+    began, (accelerator, dtype) = time.time(), on
     unlocked = [stack.enter_context(lock.held(out)) for _, out in runs]
     kept = [store.usual(out / "cache") for _, out in runs]
     found = [ledger.read_dataset(settled, out / "cache", own) for (settled, out), own in zip(runs, kept, strict=True)]
+    laps.end("pictures")
+    if runs[0][0].train.compile:
+        compiled.check(accelerator.device)
     attention = devices.attention(runs[0][0].train.attention, accelerator.device, dtype)
     loaded = family.load(base, torch.device("cpu"), dtype)
+    laps.end("base")
     fitted = [ledger.fit_dataset(pictures, settled, loaded) for pictures, (settled, _) in zip(found, runs, strict=True)]
     measured = [memory(run, loaded, pieces(run, loaded), dataset) for (run, _), dataset in zip(runs, fitted, strict=True)]
     before = next(filter(None, (job.weights_before(out) for _, out in runs)), "")
     planned = plan.choose(runs[0][0].train, plan.together(measured), devices.free_bytes(accelerator.device), before)
     planned.lay(loaded, accelerator.device)
     loaded.attend(attention)
+    laps.end("plan")
     first = [f"attention by {attention}", planned.line()]
     jobs, said, heard = list[Job](), list[list[Event]](), list[list[str]]()
     for (settled, out), dataset, own, size in zip(runs, fitted, kept, measured, strict=True):
@@ -108,21 +115,26 @@ def _settle(
     return loaded, planned, jobs, said
 
 
-def _together(members: Sequence[Member], setup: Setup, planned: Plan, accelerator: Accelerator, asking: Asking) -> Told:
+def _together(members: Sequence[Member], setup: Setup, planned: Plan, accelerator: Accelerator, asking: Asking, laps: Laps) -> Told:
     """From the pictures to the packs."""
     stop = asking[0]
     for member in members:
         yield from follow(member, job.prepare(member, setup.family))
+    laps.end("latents")
     if len(members) > 1:
         for event in room(members, setup, planned):  # of all, and so in nobody's log
             yield members[0].job.settled.name, event
     for member in going(members):
         yield from follow(member, job.start(member, setup, accelerator))
     level(going(members))
+    laps.end("adapter")
     if setup.family.device.type == "cuda":
         talking = any(speaks(one.job.pieces, one.job.dataset.account.used, one.job.settled) for one in going(members))
         setup.family.lay_aside(idle(setup.family, talking))
-    yield from _steps(going(members), setup, planned, asking)
+    if members[0].job.settled.train.compile:
+        count = sum(map(compiled.compile_blocks, setup.family.components.values()))
+        yield from follow(members[0], [Event("note", f"{count} blocks of the base are compiled; the first step of each shape takes long")])
+    yield from _steps(going(members), setup, planned, asking, laps)
     stopped = [member for member in going(members) if given(member.course).stopped]
     ended = [member for member in going(members) if member not in stopped]
     if stop.stopping and stopped:  # whose training has ended is finished when all go on
@@ -148,15 +160,23 @@ def room(members: Sequence[Member], setup: Setup, planned: Plan) -> Iterator[Eve
     yield Event("note", f"{what}; {passes}", data={"bytes": planned.peak})
 
 
-def _steps(members: Sequence[Member], setup: Setup, planned: Plan, asking: Asking) -> Told:
+def _steps(members: Sequence[Member], setup: Setup, planned: Plan, asking: Asking, laps: Laps) -> Told:
     """The training of all; whoever is through, breaks or is stopped leaves the others to go on."""
     (stop, asked), device, told = asking, setup.family.device, False
     with stop.gently():
         for member in members:
             yield from follow(member, given(member.course).begin())
+        laps.end("first look")
         devices.forget_peak(device)  # a step is measured, not the previews before it
         try:
-            for trained in steps(setup):
+            for trained, seen in taken(members, setup):
+                if not told:
+                    devices.wait(device)
+                    laps.end("step")
+                    told_at = laps.told()
+                    for member in members:
+                        yield from follow(member, [told_at])
+                yield from follow(members[0], seen)
                 if not told and (peak := devices.peak_bytes(device)):
                     yield from follow(members[0], [Event("note", planned.compared(peak), data={"peak": peak, "counted": planned.peak})])
                 told = True
@@ -172,6 +192,12 @@ def _steps(members: Sequence[Member], setup: Setup, planned: Plan, asking: Askin
         except UserError as error:  # of a step that they shared
             for member in (one for one in members if not given(one.course).learner.is_through):
                 yield from follow(member, broken(error))
+
+
+def taken(members: Sequence[Member], setup: Setup) -> Iterator[tuple[Trained, list[Event]]]:
+    """The steps, and what is to be said of one."""
+    looked_at = members and members[0].job.settled.train.profile
+    return profiling.watched(setup, members[0].job.out) if looked_at else ((trained, []) for trained in steps(setup))
 
 
 def broken(error: UserError) -> Iterator[Event]:

@@ -50,6 +50,7 @@ def train(
 ) -> None:
     """Train a LoRA from a folder of pictures, or go on with a run that was stopped."""
     with shown_errors():
+        glance(config, set_ or [])
         from sdlora import api
 
         if config and api.is_cast(config):
@@ -66,6 +67,17 @@ def train(
             api.override(table, f"data.folder={json.dumps(folder)}")
         settled = api.settle(table, config or "command line")
         follow(settled, out or Path("runs") / settled.name)
+
+
+def glance(file: Path | None, assignments: list[str]) -> None:
+    """Refuse what is misspelt at once, before torch is imported."""
+    from sdlora import config, settings
+
+    table = settings.read(file) if file else {}
+    for assignment in assignments:
+        settings.override(table, assignment)
+    if "cast" not in table:
+        config.glance(table, file or "command line")
 
 
 @app.command()
@@ -91,9 +103,10 @@ def check(
 ) -> None:
     """Say what would become of every picture, and what is wrong with the set; nothing is trained."""
     with shown_errors(), TemporaryDirectory() as unpacked:
+        file = source if source.suffix == ".toml" else None
+        glance(file, set_ or [])
         from sdlora import api
 
-        file = source if source.suffix == ".toml" else None
         table = api.read_settings(file, set_ or [])
         if not file:
             api.override(table, f"data.folder={json.dumps(str(source))}")

@@ -147,6 +147,14 @@ class Train(Settings):
     on_nonfinite: Literal["skip", "stop"] = "skip"
     """When a loss or gradient is not finite, that step moves nothing and the cause is looked for. skip: a picture that is the cause is
     left out from then on, and a lapse of half precision is passed over; stop: the run ends there. Weights that diverge always end it."""
+    prefetch: bool = False
+    """Prepare the samples of the next step on a thread while this one is computed; the result is the same, bit for bit."""
+    compile: bool = False
+    """Let torch's compiler join the small operations of the base's transformer blocks; the adapters stay as they are. Minutes at the start,
+    for steps that are shorter where kernels are what limits them; the result is the same but for rounding."""
+    profile: bool = False
+    """Look at where the time of three steps goes: base, adapter, optimizer, data, host. A page with their shares and a trace of torch's
+    profiler lie in the run folder's `profile`."""
     trackers: list[str] = Field(default=[])
     """Programs that the figures of the run are told to, such as `tensorboard`; what they write lies in the run folder's `trackers`."""
 
@@ -280,6 +288,11 @@ def parse(table: dict[str, Any], source: object = "") -> Run:
         part = table.get(name, {})
         kinds[name] = part.get("kind", kind) if isinstance(part, dict) else kind
     return build(run_class(kinds), table, source)
+
+
+def glance(table: dict[str, Any], source: object = "") -> None:
+    """Raise `UserError` for what is wrong with these tables whatever the kinds are; those, which load torch, are not asked."""
+    build(Run, {key: value for key, value in table.items() if key not in CHOICES}, source)
 
 
 def resolve(run: Run, row: str) -> Run:

@@ -87,6 +87,12 @@ def _runs(operator: Callable[[torch.Tensor], None], device: torch.device, dtype:
     return None
 
 
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was asked."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
 def _device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")

@@ -11,7 +11,7 @@ from transformers import CLIPTextModel
 
 from sdlora.errors import UserError
 from sdlora.family import Base, Family, mark_words
-from sdlora.fused import spare_divisions
+from sdlora.fused import spare
 from sdlora.source import WHOLE, Source
 
 
@@ -67,7 +67,7 @@ class LatentDiffusion(Family):
     def __init__(self, base: Base, device: torch.device, dtype: torch.dtype) -> None:
         self.base, self.device = base, device
         self.unet = base.source.model(UNet2DConditionModel, "unet", dtype).to(device)
-        spare_divisions(self.unet)
+        spare(self.unet)
         # The autoencoder overflows in fp16 and loses detail in bf16; it is small and used seldom.
         self.vae = base.source.model(AutoencoderKL, "vae", torch.float32).to(device)
         self.vae.requires_grad_(False).eval()

@@ -1,6 +1,6 @@
 """Frozen layers, as adapters see them: which there are, which a pattern means, what a weight is however it is held."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -10,6 +10,17 @@ from torch import Tensor, nn
 from sdlora.errors import UserError
 from sdlora.lookup import nearest
 from sdlora.quantise import Quantised
+
+PROJECTIONS = (("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj"))
+"""Query, key and value of an attention, as diffusers and transformers call them."""
+
+
+def readers(network: nn.Module) -> Iterator[tuple[nn.Module, Sequence[str]]]:
+    """Modules, and those of their layers that read the same tensor: an attention's projections; of cross-attention those of the text."""
+    for module in network.modules():
+        for names in PROJECTIONS:
+            if all(name in module._modules for name in names):
+                yield module, names[1:] if vars(module).get("is_cross_attention") else names
 
 
 def is_linear(layer: nn.Module) -> bool:

@@ -7,6 +7,7 @@ import torch
 
 from sdlora.adapter import Bank
 from sdlora.config import Train
+from sdlora.data.ahead import Ahead
 from sdlora.errors import RESOURCES, UserError
 from sdlora.estimate import Measured
 from sdlora.family import RECOMPUTED, Family
@@ -28,6 +29,7 @@ class Plan:
     parts: dict[str, int]
     limit: int | None  # bytes; None: there is none
     spare: bool = False  # checkpointing was not needed, but may be turned on later
+    prefetch: bool = False  # the samples of the next step are prepared during this one
 
     @property
     def peak(self) -> int:
@@ -41,7 +43,7 @@ class Plan:
 
     def setup(self, family: Family, bank: Bank, learners: list[Learner]) -> Setup:
         """What a training's steps work with."""
-        return Setup(family, bank, learners, self.samples, self.checkpointing, self.spare)
+        return Setup(family, bank, learners, self.samples, self.checkpointing, self.spare, Ahead() if self.prefetch else None)
 
     def measures(self) -> str:
         """What is done about memory."""
@@ -85,7 +87,7 @@ def choose(train: Train, measured: Measured, free: int | None, before: str = "")
     for weights, checkpointing, smaller in ladder(train, before):
         for samples in range(measured.samples - 1, 0, -1) if smaller and measured.samples > 1 else [0]:
             spare = train.gradient_checkpointing == "auto" and not checkpointing
-            plan = Plan(weights, checkpointing, samples, measured.parts(weights, checkpointing, samples), limit, spare)
+            plan = Plan(weights, checkpointing, samples, measured.parts(weights, checkpointing, samples), limit, spare, train.prefetch)
             if limit is None or plan.peak <= limit:
                 return plan
         tried.append(plan)

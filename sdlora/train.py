@@ -9,9 +9,11 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from sdlora.adapter import Bank, Route
 from sdlora.config import Train
+from sdlora.data.ahead import Ahead
 from sdlora.data.batches import Batch, Prepared, grouped
 from sdlora.errors import RESOURCES, UserError
 from sdlora.family import RECOMPUTED, Family
@@ -85,6 +87,7 @@ class Setup:
     at_once: int = 0  # samples that fit into one forward pass, once memory did not suffice for all; 0: whatever there is
     recomputed: bool = False  # gradient checkpointing is on
     spare: bool = False  # it is not, but may be turned on where memory does not suffice
+    ahead: Ahead[list[Batch]] | None = None  # prepares the samples of the next step during this one, where that is wished
 
     @property
     def goals(self) -> list[Goal]:
@@ -124,7 +127,8 @@ def steps(setup: Setup) -> Iterator[Trained]:
     while slots := due(setup.learners):
         learners = [setup.learners[slot] for slot in slots]
         losses = gradients(setup, slots)
-        finite = [update(learner, loss) for learner, loss in zip(learners, losses, strict=True)]
+        with record_function("optimizer"):
+            finite = [update(learner, loss) for learner, loss in zip(learners, losses, strict=True)]
         for learner in learners:
             learner.step += 1
         told = dict(zip(slots, losses, strict=True)), dict(zip(slots, finite, strict=True))
@@ -172,14 +176,35 @@ def _accumulate(setup: Setup, slots: Sequence[int], at_once: int) -> Tensor:
     device = setup.family.device
     samples = torch.tensor([len(learner.numbers) for learner in setup.learners], device=device)
     loss = torch.zeros(len(samples), device=device)
-    data = [learner.at(learner.step) for learner in setup.learners]
-    for part in passes(setup.learners, slots, at_once):
-        for batch in grouped(data, part):
-            slot = batch.slot.to(device)
-            each = sample_losses(setup.family, setup.bank, batch, setup.goals) / samples[slot]
-            scaled(each, batch.slot, setup.learners).backward()  # type: ignore[no-untyped-call]
-            loss = loss.index_add(0, slot, each.detach().to(loss.dtype))
+    for batch in ready(setup, slots, at_once):
+        slot = batch.slot.to(device)
+        each = sample_losses(setup.family, setup.bank, batch, setup.goals) / samples[slot]
+        scaled(each, batch.slot, setup.learners).backward()  # type: ignore[no-untyped-call]
+        loss = loss.index_add(0, slot, each.detach().to(loss.dtype))
     return loss[list(slots)]
+
+
+def ready(setup: Setup, slots: Sequence[int], at_once: int) -> list[Batch]:
+    """The batches of a step; those of the next one are begun, where that is wished, as if all learners went on as they are."""
+    learners = setup.learners
+    if setup.ahead is None:
+        return drawn(learners, slots, at_once)
+    found = setup.ahead.take(_key(learners, slots, at_once), lambda: drawn(learners, slots, at_once))
+    later = [replace(one, step=one.step + (slot in slots), quarantine=dict(one.quarantine)) for slot, one in enumerate(learners)]
+    setup.ahead.prepare(_key(later, slots, at_once), lambda: drawn(later, slots, at_once))
+    return found
+
+
+def _key(learners: Sequence[Learner], slots: Sequence[int], at_once: int) -> tuple[object, ...]:
+    """All that a step's batches depend on and that may change."""
+    return tuple(slots), at_once, tuple((learners[slot].step, tuple(learners[slot].quarantine.items())) for slot in slots)
+
+
+def drawn(learners: Sequence[Learner], slots: Sequence[int], at_once: int) -> list[Batch]:
+    """The batches of the learners' next step, those that go through the network together."""
+    with record_function("data"):
+        data = [learner.at(learner.step) for learner in learners]
+        return [batch for part in passes(learners, slots, at_once) for batch in grouped(data, part)]
 
 
 def passes(learners: Sequence[Learner], slots: Sequence[int], at_once: int) -> Iterator[list[tuple[int, int]]]:

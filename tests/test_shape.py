@@ -11,13 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    "errors", "lookup", "settings", "randomness", "safeio", "lock", "stop", "events", "hub", "defaults", "config",
-    "quantise", "layers", "adapter", "lowrank", "fused", "source", "original", "ldm", "vae", "family", "latent_diffusion", "objective",
+    "errors", "lookup", "settings", "randomness", "safeio", "lock", "stop", "events", "laps", "hub", "defaults", "config",
+    "quantise", "layers", "adapter", "lowrank", "fused", "compiled",
+    "source", "original", "ldm", "vae", "family", "latent_diffusion", "objective",
     "optimizer", "captioner",
     "families", "adapters", "objectives", "optimizers", "captioners",
     "devices", "data", "probe", "generate", "schedule", "packs", "pictures", "score", "eyes", "measures",
     "record", "queue", "charts", "plots", "report", "trackers",
-    "train", "state", "validation", "diagnose", "studio", "judge", "preview", "priors", "estimate", "plan",
+    "train", "state", "validation", "diagnose", "studio", "judge", "preview", "priors", "estimate", "plan", "profiling",
     "course", "learners", "settling", "best", "export", "job", "search", "average", "cast", "sweep", "sharing", "making",
     "api", "terminal", "verbs", "cli",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,11 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdlora import api, devices, family, learners, lookup, optimizer
+from sdlora import api, devices, family, learners, lookup, optimizer, train
 from sdlora.adapter import Bank
 from sdlora.adapters import lora
 from sdlora.config import Packing, Run, flat
 from sdlora.data import buckets, cache, ledger
+from sdlora.data.ahead import Ahead
 from sdlora.data.batches import Prepared, micro_batch, picture_of
 from sdlora.data.pixels import read_picture
 from sdlora.data.store import Store
@@ -475,6 +477,9 @@ ELSEWHERE = {  # which test shows it
     "data.shuffle_tags": "test_captions: tags are mixed as is set",
     "data.keep_tokens": "test_captions: tags are mixed as is set",
     "data.tag_dropout": "test_captions: tags are dropped as often as is set",
+    "train.compile": "test_compiled: a run with compiled blocks is the run without",
+    "train.profile": "test_profiling: a profile says where the time went and changes nothing",
+    "train.prefetch": "test_train: samples prepared ahead are the same",
     "train.trackers": "test_trackers: trackers are told the figures",
     "pack.layouts": "test_writing: a run writes each layout it is asked for",
     "pack.dtype": "test_writing: a run writes each layout it is asked for",
@@ -551,6 +556,32 @@ def test_a_setting_changes_what_is_shown(name: str, usual: dict[str, Any], squar
     changed = outcome(tmp_path / "run")
     assert changed["strip"] != usual["strip"]
     assert changed["weights"] == usual["weights"], "the control: and nothing else"
+
+
+def test_samples_prepared_ahead_are_the_same(
+    squares: Path, base: Path, tmp_path: Path, usual: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, drawn = [], train.drawn
+
+    def noted(*given: Any) -> Any:
+        prepared.append(threading.current_thread() is not threading.main_thread())
+        return drawn(*given)
+
+    monkeypatch.setattr(train, "drawn", noted)
+    settings = {"train__steps": 3, "preview__scales": [0.0, 1.0], "preview__steps": 1}
+    list(api.train(small.settled(squares, base, train__prefetch=True, **settings), tmp_path / "run"))
+    assert outcome(tmp_path / "run") == usual
+    assert sum(prepared) >= 2
+    assert prepared.count(False) == 1, "the first step's alone were waited for"
+
+
+def test_what_was_prepared_for_other_learners_is_thrown_away() -> None:
+    ahead = Ahead[int]()
+    ahead.prepare("without the broken picture", lambda: 1)
+    assert ahead.take("with it", lambda: 2) == 2
+    ahead.prepare("a", lambda: 3)
+    assert ahead.take("a", lambda: 4) == 3
+    assert ahead.take("a", lambda: 4) == 4, "once"
 
 
 def test_the_loss_is_read_as_often_as_is_set(squares: Path, base: Path, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from sdlora.adapter import Bank, Delta, Route, wide
-from sdlora.fused import Adapted, Shadow, is_plain, shadows
+from sdlora.adapter import Bank, Delta, Route, frozen, wide
+from sdlora.fused import is_plain, shadows
 from sdlora.layers import is_linear, weight_of
 from sdlora.lowrank import DOWN, UP, Factored, Factors, Init
 from sdlora.randomness import uniform
@@ -72,19 +72,21 @@ class Adapter(Factors):
 
     def at_once(self, layer: nn.Module, x: Tensor, slot: int, bank: Bank) -> Tensor | None:
         route = bank.route
-        strength = route.alike(slot) if route and self.first is None and is_plain(layer) else None
-        if route is None or strength is None or (route.keys is not None and any(self.dropouts)):
+        strength = route.alike(slot) if route and self._is_plain(layer) else None
+        if route is None or strength is None:
             return None
         key = (slot, x.dtype, torch.is_grad_enabled())
         own = route.kept.get(key, {}).get(self)
-        if own is None or own.made_of != Shadow.state(self.down, self.up):
-            loras = [delta for _, _, delta in bank.deltas(bank.adapters[slot]) if isinstance(delta, Adapter)]
-            pairs, scales = [(one.down, one.up) for one in loras], [one.scale for one in loras]
-            route.kept[key] = dict(zip(loras, shadows(pairs, scales, strength, x.dtype), strict=True))
+        if own is None or not own.is_fresh:
+            groups = together(bank, bank.adapters[slot])
+            route.kept[key] = {one: made for made in shadows(groups, strength, x.dtype) for one in made.owners}
             own = route.kept[key][self]
-        assert isinstance(layer, nn.Linear)
-        together: Tensor = Adapted.apply(x, layer.weight, layer.bias, own.down, own.up)  # type: ignore[no-untyped-call]
-        return together
+        said: Tensor = own.of(layer, x)
+        return said
+
+    def _is_plain(self, layer: nn.Module) -> bool:
+        """Whether the layer and its adapter are no more than three products."""
+        return self.first is None and not any(self.dropouts) and is_plain(layer)
 
     def _kept(self, keys: Tensor, which: int, count: int, share: float) -> Tensor:
         """(B, count) of 0, where something is left out, and of what keeps the mean where it was; (B, 1) of 1 where all is kept."""
@@ -136,6 +138,16 @@ class Adapter(Factors):
         if len(deltas) == 1:
             return super().mixed(deltas, layer, x, y, out, route)
         return _routed({slot: delta for slot, delta in deltas if isinstance(delta, Adapter)}, layer, x, out, route)
+
+
+def together(bank: Bank, name: str) -> list[list[tuple[nn.Module, Adapter]]]:
+    """The layers of one adapter that are plain, and what sits on them; those that read the same, together."""
+    alone = {layer: one for _, layer, one in bank.deltas(name) if isinstance(one, Adapter) and one._is_plain(layer)}
+    groups = []
+    for module, names in bank.readers:
+        same = [layer for layer in (frozen(module.get_submodule(one)) for one in names) if layer in alone]
+        groups += [[(layer, alone.pop(layer)) for layer in same]] if same else []
+    return [*groups, *([one] for one in alone.items())]
 
 
 def _stacked(deltas: Sequence[tuple[int, Delta]], x: Tensor, out: Tensor, strength: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Which samples a step sees, and all their randomness: pure functions of the seed and the sample's number, so nothing needs saving."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -55,7 +56,13 @@ class Batch:
 def picture_of(number: int, pool: Sequence[int], seed: int) -> int:
     """The picture that a sample shows: every epoch is a new permutation of the whole pool, and no epoch's end cuts a batch short."""
     epoch, place = divmod(number, len(pool))
-    return pool[int(stream(seed, "order", epoch).permutation(len(pool))[place])]
+    return pool[int(order(seed, epoch, len(pool))[place])]
+
+
+@functools.lru_cache(maxsize=8)
+def order(seed: int, epoch: int, pictures: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """An epoch's permutation; kept, as of a hundred thousand pictures it takes a millisecond, and each sample asks."""
+    return stream(seed, "order", epoch).permutation(pictures)
 
 
 def chances(seed: int, number: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
@@ -77,9 +84,9 @@ def shown(pool: Sequence[int], variants: Sequence[int], seed: int, prior_share: 
     counted: Counter[tuple[int, int]] = Counter()
     plain = max(variants) == 1
     for start in range(0, samples, len(pool)):
-        order = stream(seed, "order", start // len(pool)).permutation(len(pool))
+        places = order(seed, start // len(pool), len(pool))
         for place in range(min(len(pool), samples - start)):
-            picture = pool[int(order[place])]
+            picture = pool[int(places[place])]
             if plain and not prior_share:
                 counted[picture, 0] += 1
                 continue
