@@ -67,6 +67,7 @@ class Folder:
 
     def __init__(self, place: Path) -> None:
         self.place = place
+        self._known = dict[str, Job]()  # by file: they never change
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -109,14 +110,13 @@ class Folder:
 
     def jobs(self) -> list[Job]:
         """All jobs: the most urgent first, then in the order in which they came."""
-        found = []
         for path in self.place.joinpath("jobs").glob("*.json"):
-            said = _read(path)
-            try:
-                found.append(Job(**{**said, "name": unquote(path.stem)}))
-            except TypeError:
-                raise UserError("E-FLEET-04", "this is no job of a fleet", path, "remove it and add the job again") from None
-        return sorted(found, key=lambda job: (-job.priority, job.added, job.name))
+            if path.name not in self._known:
+                try:
+                    self._known[path.name] = Job(**{**_read(path), "name": unquote(path.stem)})
+                except TypeError:
+                    raise UserError("E-FLEET-04", "this is no job of a fleet", path, "remove it and add the job again") from None
+        return sorted(self._known.values(), key=lambda job: (-job.priority, job.added, job.name))
 
     def standing(self, name: str) -> Standing:
         said = _read(self._state(name))

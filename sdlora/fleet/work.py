@@ -78,6 +78,7 @@ class Fleet:
     attempts: int = 5  # times that a job's worker may die in one go
     _later: dict[str, float] = field(default_factory=dict)
     _lost: dict[str, int] = field(default_factory=dict)
+    _standings: dict[str, Standing] = field(default_factory=dict)  # while it is at work nobody else writes them
 
     def work(self, engine: Engine, asked: list[int]) -> Iterator[list[tuple[Job, Standing]]]:
         """Run what waits until nothing does, or a signal is in `asked`: then the runs save and stop; at a second one it returns at once.
@@ -85,8 +86,9 @@ class Fleet:
         Yields how all stand, again and again. The folder must be held.
         """
         told = False
+        self._standings.clear()
         while True:
-            standings = [(job, self.folder.standing(job.name)) for job in self.folder.jobs()]
+            standings = [(job, self._standing(job.name)) for job in self.folder.jobs()]
             running = [job for job, one in standings if one.state == "running"]
             if asked and not told:
                 for job in running:
@@ -117,7 +119,7 @@ class Fleet:
             if not room.holds([own]):
                 if not running:  # machines may come back while others still work
                     what = f"it takes {own.cpus:g} CPUs and {own.gpus:g} GPUs, and the cluster has {room.cpus:g} and {room.gpus:g} in all"
-                    self.folder.keep(job.name, Standing("failed", f"E-FLEET-05 · {what}", one.attempts))
+                    self._keep(job.name, Standing("failed", f"E-FLEET-05 · {what}", one.attempts))
                 continue
             if not room.holds([own, *map(room.of, taken)]) or time.monotonic() < self._later.get(job.name, 0):
                 break
@@ -125,8 +127,8 @@ class Fleet:
         return found
 
     def _start(self, job: Job, engine: Engine, room: Room) -> None:
-        standing = self.folder.standing(job.name).begun()
-        self.folder.keep(job.name, standing)
+        standing = self._standing(job.name).begun()
+        self._keep(job.name, standing)
         stop = self._stop(job)
         if isinstance(stop, Path) and stop.exists():  # that its last attempt did not live to read
             safeio.remove(stop)
@@ -138,7 +140,7 @@ class Fleet:
 
     def _end(self, name: str, outcome: Outcome, asked: bool) -> None:
         safeio.write(self.folder.log(name), outcome.said)
-        own, why = self.folder.standing(name), queue.error_line(outcome.said)
+        own, why = self._standing(name), queue.error_line(outcome.said)
         end = "its worker died" if outcome.code is None else f"code {outcome.code}"
         state: State = "failed"
         if outcome.code == 0:
@@ -155,7 +157,16 @@ class Fleet:
                 why = f"E-FLEET-06 · it was lost {self._lost[name]} times, the last time as {end}: {why}"
         elif "E-BASE" in why or "E-HUB" in why:
             why += f" (on the node {outcome.node}: give every node the base, and start the fleet again)"
-        self.folder.keep(name, own.ended(state, end, outcome.node, why))
+        self._keep(name, own.ended(state, end, outcome.node, why))
+
+    def _standing(self, name: str) -> Standing:
+        if name not in self._standings:
+            self._standings[name] = self.folder.standing(name)
+        return self._standings[name]
+
+    def _keep(self, name: str, standing: Standing) -> None:
+        self.folder.keep(name, standing)
+        self._standings[name] = standing
 
     def _stop(self, job: Job) -> Path | str:
         """The file that asks a job to save and stop."""

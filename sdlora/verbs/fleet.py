@@ -2,6 +2,7 @@
 
 import getpass
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -15,10 +16,13 @@ from sdlora.errors import UserError
 from sdlora.terminal import console, say, shown_errors
 
 if TYPE_CHECKING:  # torch takes seconds to import: `sdlora --help` must not
-    from sdlora.fleet.folder import Job, Standing
+    from sdlora.fleet.folder import Job, Standing, State
     from sdlora.fleet.work import Fleet
 
 PRINTED = ("slurm", "ray-yaml")
+ORDER: "Sequence[State]" = ("running", "failed", "stopped", "waiting", "finished")
+SHOWN = 30
+"""Rows of the table: what is read for each, again and again, must not grow with the fleet."""
 
 
 def fleet(
@@ -99,12 +103,14 @@ def _drive(place: "Fleet", on: str, cpus: int) -> None:
 
 
 def table(standings: "Sequence[tuple[Job, Standing]]", place: "Fleet") -> Table:
-    """How all jobs stand."""
+    """How many jobs stand how, and the first of them one by one: those at work, then those that failed."""
     from sdlora import record
     from sdlora.fleet.storage import Storage
 
     found = Table("job", "user", "priority", "state", "step", "loss", "attempts", "node", "why", box=None, header_style="bold")
-    for job, one in standings:
+    count = Counter(one.state for _, one in standings)
+    found.caption = ", ".join(f"{count[state]} {state}" for state in ORDER if count[state])
+    for job, one in sorted(standings, key=lambda both: ORDER.index(both[1].state))[:SHOWN]:
         step, loss = "", ""
         if Storage.is_local(place.store):
             runs = record.runs(Path(place.store) / job.name) if (Path(place.store) / job.name).is_dir() else []
