@@ -375,6 +375,18 @@ def test_what_a_worker_started_dies_with_it(tmp_path: Path) -> None:
 QUICK = {"train__save_every": 2, "train__steps": 6, "train__batch_size": 1}
 
 
+def worker_of(out: Path, driver: subprocess.Popen[str]) -> int:
+    """The Ray worker whose child trains in this folder, once that has written a checkpoint."""
+    until = time.monotonic() + 120
+    while not list(out.glob("checkpoints/ckpt-*")):
+        assert driver.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    holder = lock.holder(out)
+    assert holder is not None
+    return int(Path(f"/proc/{holder['pid']}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 @pytest.mark.slow
 def test_six_jobs_on_two_workers_one_of_them_killed_give_the_undisturbed_packs(squares: Path, tmp_path: Path) -> None:
     """A real Ray of two CPUs. The undisturbed runs are made here, in one process."""
@@ -385,18 +397,14 @@ def test_six_jobs_on_two_workers_one_of_them_killed_give_the_undisturbed_packs(s
     for run in runs:
         (tmp_path / f"{run.name}.toml").write_text(api.settings_text(run))
     command = [sys.executable, "-m", "sdlora.cli", "fleet", *(str(tmp_path / f"{run.name}.toml") for run in runs), *words]
+    out = place / "runs" / "j0"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        out, until = place / "runs" / "j0", time.monotonic() + 120
-        while not list(out.glob("checkpoints/ckpt-*")):
-            assert process.poll() is None
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        holder = lock.holder(out)
-        assert holder is not None
-        worker = int(Path(f"/proc/{holder['pid']}/stat").read_text().rpartition(")")[2].split()[1])
-        os.kill(worker, signal.SIGKILL)
-        killed = time.time()
-        said, _ = process.communicate(timeout=300)
+        try:
+            os.kill(worker_of(out, process), signal.SIGKILL)
+            killed = time.time()
+            said, _ = process.communicate(timeout=300)
+        finally:
+            process.kill()
     assert process.returncode == 0, said
     folder = Folder(place)
     assert [attempt.end for attempt in folder.standing("j0").attempts] == ["its worker died", "code 0"]

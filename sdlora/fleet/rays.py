@@ -83,7 +83,13 @@ def _told() -> Iterator[None]:
 @contextmanager
 def cluster(address: str, cpus: int) -> Iterator[Rays]:
     """An engine on the cluster that is named, or on a Ray of this machine's own, which ends with it. Raises `UserError`."""
-    here: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False, "dashboard_host": "127.0.0.1", "object_store_memory": STORE_BYTES}
+    here: dict[str, Any] = {
+        "num_cpus": cpus,
+        "include_dashboard": False,
+        "dashboard_host": "127.0.0.1",
+        "object_store_memory": STORE_BYTES,
+        "_system_config": {"worker_niceness": 0},
+    }
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # no figures are sent to anybody
     given = {"address": address} if address else {"address": "local", **here}  # never what RAY_ADDRESS says: nobody named it
     if "://" in address:
