@@ -392,7 +392,7 @@ def test_six_jobs_on_two_workers_one_of_them_killed_give_the_undisturbed_packs(s
     """A real Ray of two CPUs. The undisturbed runs are made here, in one process."""
     pytest.importorskip("ray")
     place, runs = tmp_path / "fleet", [small.settled(squares, Path("tiny"), name=f"j{i}", seed=i, **QUICK) for i in range(6)]
-    runs[0] = small.settled(squares, Path("tiny"), name="j0", seed=0, **{**QUICK, "train__steps": 60})
+    runs[0] = small.settled(squares, Path("tiny"), name="j0", seed=0, **{**QUICK, "train__steps": 24})
     words = ["--in", str(place), "--workers", "2"]
     for run in runs:
         (tmp_path / f"{run.name}.toml").write_text(api.settings_text(run))
@@ -410,7 +410,9 @@ def test_six_jobs_on_two_workers_one_of_them_killed_give_the_undisturbed_packs(s
     assert [attempt.end for attempt in folder.standing("j0").attempts] == ["its worker died", "code 0"]
     assert [len(folder.standing(f"j{i}").attempts) for i in range(1, 6)] == [1] * 5
     resumed = next(one["time"] for one in api.events(out)[0] if one["time"] > killed and one["kind"] == "step")
-    print(f"killed to its next step: {resumed - killed:.1f} s")
+    noticed, begun = folder.standing("j0").attempts[0].ended, folder.standing("j0").attempts[1].began
+    assert noticed is not None
+    print(f"killed to noticed, started elsewhere, its next step: {noticed - killed:.1f}, {begun - killed:.1f}, {resumed - killed:.1f} s")
     for run in runs:
         for _ in api.train(run, tmp_path / "alone" / run.name):
             pass

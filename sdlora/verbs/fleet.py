@@ -19,12 +19,14 @@ if TYPE_CHECKING:  # torch takes seconds to import: `sdlora --help` must not
     from sdlora.fleet.folder import Job, Standing, State
     from sdlora.fleet.work import Fleet
 
+app = typer.Typer()
 PRINTED = ("slurm", "ray-yaml")
 ORDER: "Sequence[State]" = ("running", "failed", "stopped", "waiting", "finished")
 SHOWN = 30
 """Rows of the table: what is read for each, again and again, must not grow with the fleet."""
 
 
+@app.command()
 def fleet(
     configs: Annotated[Optional[list[Path]], typer.Argument(help="TOML files of runs and casts", metavar="[F.toml]...")] = None,
     on: Annotated[str, typer.Option(help="Ray cluster: auto (the one on this machine) or ray://HOST; default: a Ray of its own")] = "",
