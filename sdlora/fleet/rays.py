@@ -1,7 +1,6 @@
 """The engine of a fleet on Ray: a task is a command line and strings; nothing of Ray is known elsewhere."""
 
 import os
-import secrets
 import socket
 import subprocess
 import sys
@@ -83,7 +82,10 @@ def _told() -> Iterator[None]:
 
 @contextmanager
 def cluster(address: str, cpus: int) -> Iterator[Rays]:
-    """An engine on the cluster that is named, or on a Ray of this machine's own, which ends with it. Raises `UserError`."""
+    """An engine on the cluster that is named, or on a Ray of this machine's own, which ends with it. Raises `UserError`.
+
+    For the latter RAY_AUTH_TOKEN must have been set before Ray was imported, as it listens to the whole network.
+    """
     here: dict[str, Any] = {
         "num_cpus": cpus,
         "include_dashboard": False,
@@ -92,8 +94,6 @@ def cluster(address: str, cpus: int) -> Iterator[Rays]:
         "_system_config": {"worker_niceness": 0},
     }
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # no figures are sent to anybody
-    if not address:  # Ray listens to the whole network: nobody else may come in, or look on
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     given = {"address": address} if address else {"address": "local", **here}  # never what RAY_ADDRESS says: nobody named it
     if "://" in address:
         _reach(address)

@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import secrets
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +84,8 @@ def fleet(
 
 def _drive(place: "Fleet", on: str, cpus: int) -> None:
     """Work the fleet off before the user's eyes."""
+    if not on:  # a Ray of its own listens to the whole network: nobody else may come in. Ray reads this when it is imported
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     try:
         from sdlora.fleet import rays
     except ImportError as error:
@@ -91,12 +94,12 @@ def _drive(place: "Fleet", on: str, cpus: int) -> None:
     from sdlora.stop import noted
 
     standings: list[tuple[Job, Standing]] = []
-    screen = Live(console=console(), auto_refresh=False)
+    screen = Live(console=console(), auto_refresh=False, transient=True)
     with place.folder.held(), rays.cluster(on, cpus) as engine, noted() as asked, screen:
         for standings in place.work(engine, asked):
             if screen.console.is_terminal:
                 screen.update(table(standings, place), refresh=True)
-        screen.update(table(standings, place), refresh=True)
+    console().print(table(standings, place))
     if asked:
         say("stopped. Go on with the same command")
         raise typer.Exit(128 + asked[0])
