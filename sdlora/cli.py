@@ -12,7 +12,7 @@ import typer
 from sdlora.errors import UserError
 from sdlora.terminal import console, progress, say, show, shown_errors
 from sdlora.verbs import base as bases
-from sdlora.verbs import data, find, run, workshop
+from sdlora.verbs import data, find, fleet, run, workshop
 
 if TYPE_CHECKING:  # torch takes seconds to import: `sdlora --help` must not
     from sdlora.api import Run, Studio
@@ -28,6 +28,7 @@ app.add_typer(run.app, name="run")
 app.add_typer(bases.app, name="base")
 app.add_typer(find.app, name="find")
 app.add_typer(workshop.app, name="pack")
+app.registered_commands += fleet.app.registered_commands  # a verb of its own, not a group
 TINY = "tiny, the embedded base, draws 64 px icons, to show that all works. For real pictures name a Stable Diffusion model with --base."
 
 Packs = Annotated[Optional[list[str]], typer.Argument(help="packs to use, each PACK or PACK:SCALE", metavar="[PACK[:SCALE]]...")]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import quote, unquote
 
-from sdlora import lock, record, safeio
+from sdlora import lock, record, safeio, stop
 from sdlora.errors import UserError
 
 FOLDER = "queue"
@@ -121,13 +121,8 @@ def _run(root: Path, one: Entry) -> str:
         time.sleep(LOOK_S)
     base = root / FOLDER / one.id
     words = [sys.executable, "-m", "sdlora.cli", "train", "--config", f"{base}{WAITING}", "--out", str(one.out)]
-    asked = list[int]()
-    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with stop.noted() as asked:
         code = _followed(words, asked, f"{base}{LOG}")
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if asked:
         return "interrupted"
     if code == 0 or code in STOPPED:
@@ -160,8 +155,12 @@ def _remove(root: Path, id: str) -> None:
 
 def _last_line(path: Path) -> str:
     try:
-        lines = path.read_text("utf-8", "replace").split("\n")
+        return error_line(path.read_text("utf-8", "replace"))
     except OSError:
         return ""
-    said = [line.strip() for line in lines if line.strip()]
-    return next((line for line in said if re.search(r"\bE-[A-Z]+-\d", line)), said[-1] if said else "")
+
+
+def error_line(said: str) -> str:
+    """The line that says why a run ended, of all that it said."""
+    lines = [line.strip() for line in said.split("\n") if line.strip()]
+    return next((line for line in lines if re.search(r"\bE-[A-Z]+-\d", line)), lines[-1] if lines else "")

@@ -91,3 +91,15 @@ def ask(folder: Path, what: str) -> None:
     """Ask the run in a folder to stop, save or show itself; it looks after each step."""
     assert what in FILES, what
     safeio.write(folder / what, "")
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[int]]:
+    """The signals that ask to end, in the order in which they come, for whoever looks after others and ends when they have."""
+    asked = list[int]()
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -19,7 +19,7 @@ LAYERS = [
     "devices", "data", "probe", "generate", "schedule", "packs", "pictures", "score", "eyes", "measures",
     "record", "queue", "charts", "plots", "report", "trackers",
     "train", "state", "validation", "diagnose", "studio", "judge", "preview", "priors", "estimate", "plan", "profiling",
-    "course", "learners", "settling", "best", "export", "job", "search", "average", "cast", "sweep", "sharing", "making",
+    "course", "learners", "settling", "best", "export", "job", "search", "average", "cast", "sweep", "sharing", "making", "fleet",
     "api", "terminal", "verbs", "cli",
 ]  # fmt: skip
 """Bottom up; a module imports only from modules before its own."""
@@ -36,8 +36,9 @@ LATE_IMPORTS = {
 """Functions that import for themselves, because few runs need, or not every system has, what they import."""
 ENTRANCES = ("sdlora.cli", "sdlora.verbs", "webui.app")
 """Modules that import late: help must not wait for torch, and gradio reads the environment when it is imported."""
-WRITERS = ("sdlora.safeio", "sdlora.lock", "sdlora.stop", "sdlora.data.store")
-"""Modules that change a disk: one does so with content; the others make and take away names, or what can be computed again."""
+WRITERS = ("sdlora.safeio", "sdlora.lock", "sdlora.stop", "sdlora.data.store", "sdlora.fleet.storage")
+"""Modules that change a disk: one does so with content; the others make and take away names, or what can be computed again; or
+they write to what is no disk of this machine."""
 CHANGES = {"rmtree", "copytree", "unlink", "rmdir", "rename", "mkdir", "makedirs", "touch", "write_bytes", "write_text", "truncate"}
 FAMILY_NAMES = re.compile(r"\b(sd1|sd2|sd3|sdxl|flux)\b", re.IGNORECASE)
 
