@@ -262,15 +262,16 @@ def bundle_pack(source: Path, out: Path) -> list[str]:
     return list(made)
 
 
-def open_studio(packs: Sequence[Pack] = (), base: str = "", vae: str = "") -> Studio:
-    """Load a base (by default the first pack's own, else `tiny`) and put the packs on it, in order, all at scale 0.
+def open_studio(packs: Sequence[Pack] = (), base: str = "", vae: str = "", partial: bool = False) -> Studio:
+    """Load a base (by default the first pack's own, else `tiny`) and put the packs on it, in order, all at scale 0; of those that fit in
+    part what fits, where `partial` allows it (`Studio.partly` says what).
 
     Pictures are decoded by the base's own autoencoder, whatever a pack was trained with, unless one is named.
     """
     named = base or next((pack.base for pack in packs if pack.base), "tiny")
     studio = Studio.open(family.find(named, vae, half=devices.for_pictures()[1] != torch.float32))
     for pack in packs:
-        studio.add(pack)
+        studio.add(pack, partial)
     return studio
 
 

@@ -36,6 +36,7 @@ Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=C", help
 Config = Annotated[Optional[Path], typer.Option(help="TOML file of settings")]
 BASES = "tiny, a diffusers folder, a .safetensors checkpoint, or a hub id"
 Base = Annotated[str, typer.Option(help=f"{BASES}; default: the pack's own, else tiny")]
+Partial = Annotated[bool, typer.Option("--partial", help="take of a pack what fits the base, and say what does not")]
 Vae = Annotated[str, typer.Option(help="autoencoder in place of the base's own: a folder, a .safetensors file, or a hub id")]
 
 
@@ -130,13 +131,14 @@ def generate(
     scale: Annotated[str, typer.Option(help="scale of all packs that name none; default: each pack's recommended one")] = "",
     base: Base = "",
     vae: Vae = "",
+    partial: Partial = False,
     out: Annotated[Path, typer.Option(help="PNG to write", metavar="F.png")] = Path("picture.png"),
 ) -> None:
     """Draw one picture, with any number of packs; without a pack it is the base's."""
     with shown_errors():
         from sdlora import api
 
-        studio, scales = opened(packs or [], base, scale, vae)
+        studio, scales = opened(packs or [], base, scale, vae, partial)
         recipe = studio.recipe(prompt, size, guidance, negative=negative, seed=seed, steps=steps, scales=scales)
         warn_of_cuts(studio, [prompt, negative])
         api.save_picture(out, studio, studio.render([recipe])[0], recipe)
@@ -152,13 +154,14 @@ def grid(
     seeds: Annotated[str, typer.Option(help="seeds, separated by commas")] = "0",
     base: Base = "",
     vae: Vae = "",
+    partial: Partial = False,
     out: Annotated[Path, typer.Option(help="PNG to write", metavar="F.png")] = Path("grid.png"),
 ) -> None:
     """Draw a labelled sheet: prompts and seeds down, the base and the scales across."""
     with shown_errors():
         from sdlora import api
 
-        studio, _ = opened(packs or [], base, "1", vae)
+        studio, _ = opened(packs or [], base, "1", vae, partial)
         asked = prompts or [next((pack.trigger for pack in studio.packs.values() if pack.trigger), "")]
         warn_of_cuts(studio, asked)
         try:
@@ -250,14 +253,16 @@ def follow_cast(runs: "list[Run]", out: Path) -> None:
         say(TINY)
 
 
-def opened(packs: list[str], base: str, scale: str, vae: str) -> "tuple[Studio, tuple[tuple[str, float], ...]]":
+def opened(packs: list[str], base: str, scale: str, vae: str, partial: bool = False) -> "tuple[Studio, tuple[tuple[str, float], ...]]":
     """A studio with the packs named on the command line, and the scale of each."""
     from sdlora import api
 
     everywhere = api.parse_scale(scale) if scale else None
     parsed = [api.parse_pack(text) for text in packs]
     read = [api.open_pack(path) for path, _ in parsed]
-    studio = api.open_studio(read, base, vae)
+    studio = api.open_studio(read, base, vae, partial)
+    for line in studio.partly():
+        say(f"warning: {line}", error=True)
     for name in studio.otherwise_read():
         say(f"warning: {name} was trained with other settings of text than the first pack, as which prompts are read", error=True)
     scales = []

@@ -14,6 +14,7 @@ from sdlora.errors import UserError
 from sdlora.family import Base, Family
 from sdlora.generate import Recipe
 from sdlora.packs import file
+from sdlora.packs.reading import Report
 
 MAX_SIDE_PX, MAX_STEPS, MAX_PROMPT = 4096, 500, 2000
 
@@ -25,6 +26,8 @@ class Studio:
     family: Family
     bank: Bank
     packs: dict[str, file.Pack]
+    reports: dict[str, Report] = field(default_factory=dict)
+    """What of each pack acts."""
     own: Base = field(init=False)
     """What the base is, and how it is read, when no pack says otherwise."""
 
@@ -38,15 +41,16 @@ class Studio:
         loaded = family.load(base, device, dtype or usual)
         return cls(loaded, Bank(loaded.components), {})
 
-    def add(self, pack: file.Pack) -> str:
-        """Put a pack on the base, off until a recipe names it; returns the name it goes by.
+    def add(self, pack: file.Pack, partial: bool = False) -> str:
+        """Put a pack on the base, off until a recipe names it; returns the name it goes by. One that fits in part is refused, or named by
+        `partly` where `partial` allows it.
 
         The first one also says how prompts are read, and what the base predicts if its files do not.
         """
         name = pack.name.replace(".", "-")  # which no module may have in its name
         while name in self.packs:
             name += "+"
-        file.attach(pack, name, self.bank, self.family)
+        self.reports[name] = file.attach(pack, name, self.bank, self.family, partial)
         if not self.packs:
             self.family.take_for(file.as_trained(pack, self.own))
         self.packs[name] = pack
@@ -56,9 +60,13 @@ class Studio:
         """The packs that were trained on prompts read in another way than they are here."""
         return [name for name, pack in self.packs.items() if pack.reading not in (None, self.family.base.text)]
 
+    def partly(self) -> list[str]:
+        """A line for each pack of which not all acts: how much of it, and what does not, by name."""
+        return [f"{name} acts only in part: {report.count()}" for name, report in self.reports.items() if not report.complete]
+
     def remove(self, name: str) -> None:
         self.bank.remove(name)
-        del self.packs[name]
+        del self.packs[name], self.reports[name]
         self.family.take_for(file.as_trained(next(iter(self.packs.values())), self.own) if self.packs else self.own)
 
     def recipe(self, prompt: str, size: str = "", guidance: float | None = None, **rest: object) -> Recipe:

@@ -396,9 +396,10 @@ def partly(loaded: Family) -> Iterator[tuple[str, str, Leaves]]:
     """What cannot be applied, and the words it is named with."""
     w = weight_of(loaded, LINEAR)
     yield "lora_unet_nowhere.alpha", "no layer of this base", {"lora_unet_nowhere.alpha": torch.ones(())}
-    yield "bundle_emb.mira.string_to_param.*", "no layer of this base", {"bundle_emb.mira.string_to_param.*": some(2, 16)}
+    yield "bundle_emb.mira.string_to_param.*", "which this base spells with", {"bundle_emb.mira.string_to_param.*": some(2, 16)}
     glora = {f"{flat(TEXT)}.{name}.weight": some(2, 2) for name in ("a1", "a2", "b1", "b2")}
-    yield f"{flat(TEXT)}.a1.weight", "no kind of adapter keeps its weights so", glora
+    yield f"{flat(TEXT)}.a1.weight", "GLoRA's factors", glora
+    yield f"{flat(TEXT)}.odd_w1", "no kind of adapter keeps its weights so", {f"{flat(TEXT)}.odd_w1": some(2, 2)}
     yield f"{flat(TEXT)}.{DOWN}", "lacks 'lora_up.weight'", {f"{flat(TEXT)}.{DOWN}": lora_of(loaded, TEXT)[0]}
     yield f"{LINEAR}.lora_A.weight", "under another name", {f"{LINEAR}.lora_A.weight": some(2, w.shape[1], seed=9)}
 

@@ -1,7 +1,7 @@
 """Foreign leaves of one layer as leaves that our kinds of adapter have: the same ΔW, in other numbers.
 
 Convolutions between narrow convolutions (Tucker cores) are folded into the factor with the kernel, exactly: the result is a product of two
-factors as well. What is left, such as an old OFT that keeps its rotations whole, is folded into a ΔW by `fold`.
+factors as well. What is left, as a kind that is none of ours (`foreign`), is folded into a ΔW by `fold`.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from sdlora.packs import foreign
 from sdlora.packs.layouts import DOWN, UP, WHOLE
 
 MID, SCALE = "lora_mid.weight", "dora_scale"
@@ -98,21 +99,23 @@ def _magnitude(scale: Tensor, weight: Tensor) -> Tensor:
 
 
 def needs_folding(leaves: Mapping[str, Tensor]) -> bool:
-    """Whether no kind of ours can hold these: a change of the bias, a magnitude or a rescaling beside another kind; whole rotations."""
+    """Whether no kind of ours can hold these: a change of the bias, a magnitude or a rescaling beside another kind; a foreign kind."""
     others = {name for name in leaves if not name.startswith("diff") and name != "alpha"}
     beside = "diff_b" in leaves and bool(others)
-    return beside or "oft_diag" in leaves or "rescale" in leaves or (SCALE in leaves and DOWN not in leaves and len(others) > 1)
+    return beside or bool(foreign.leaves_of(leaves)) or "rescale" in leaves or (SCALE in leaves and DOWN not in leaves and len(others) > 1)
+
+
+def apart(leaves: Mapping[str, Tensor]) -> set[str]:
+    """The leaves that `fold` takes, beside the change that a kind of ours makes of the others."""
+    own = foreign.leaves_of(leaves)
+    return {"diff_b", "rescale", *own} | ({"alpha"} if own else set()) | (set() if DOWN in leaves else {SCALE})
 
 
 def fold(leaves: Mapping[str, Tensor], layer: nn.Module, difference: Tensor | None) -> Leaves:
     """A ΔW, and a change of the bias, that do what the leaves do. `difference` is that of the kind which the other leaves are of."""
     weight = layer.get_parameter("weight").detach().float()
-    if "oft_diag" in leaves:
-        turns = leaves["oft_diag"].float()  # (k, n, n): the rotations themselves
-        if turns.ndim != 3 or turns.shape[1] != turns.shape[2] or turns.shape[0] * turns.shape[1] != len(weight):
-            raise ValueError(f"holds rotations {tuple(turns.shape)}, and the layer has {len(weight)} outputs")
-        turned = torch.einsum("knm,kni->kmi", turns, weight.reshape(*turns.shape[:2], -1)).reshape(weight.shape)
-    else:
+    turned = foreign.weight_of(leaves, weight)
+    if turned is None:
         turned = weight if difference is None else weight + difference.detach()
     if "rescale" in leaves:
         turned = turned * _fitting(leaves["rescale"], weight)

@@ -21,7 +21,7 @@ from sdlora.adapter import Bank
 from sdlora.errors import UserError
 from sdlora.family import Base, Family
 from sdlora.family import Reading as TextReading
-from sdlora.packs import keys, layouts, precision, reading, strict, words, writing
+from sdlora.packs import foreign, keys, layouts, precision, reading, strict, words, writing
 from sdlora.packs.reading import Fitted, Report
 
 MAX_BYTES = 4 * 2**30
@@ -160,7 +160,7 @@ def attach(pack: Pack, name: str, bank: Bank, family: Family, partial: bool = Fa
 
     Raises `UserError`, having changed nothing, for a pack of which nothing fits; and for one that fits in part, unless `partial` allows it.
     """
-    fitted, report = reading.fit(pack.tensors, pack.metadata, family)
+    fitted, report = reading.fit(pack.tensors, pack.metadata, family, pack.trigger or pack.name)
     _judge(pack, fitted, report, family, partial)
     bank.add(name, {layer: (one.kind, one.kind.Config.blank()) for layer, one in fitted.items()}, reading.unused)
     for layer, _, delta in bank.deltas(name):
@@ -195,7 +195,7 @@ def _judge(pack: Pack, fitted: Mapping[str, Fitted], report: Report, family: Fam
     made_for = f"it was made for {pack.base}, " if pack.base and pack.base != family.base.name else ""
     count = len(report.unknown) + len(report.ignored)
     what = f"this pack does not fit the base {family.base.name}: {made_for}{count} of its keys and layers cannot be applied"
-    todo = "generate with the base it was made for (--base)" + ("; from Python, attach(partial=True) puts on what fits" if fitted else "")
+    todo = "generate with the base it was made for (--base)" + ("; or put on what fits, with --partial" if fitted else "")
     raise UserError(report.code, f"{what}: {'; '.join(report.lines())}", pack.name, todo)
 
 
@@ -210,7 +210,8 @@ def summary(pack: Pack) -> dict[str, Any]:
     kinds: Counter[str] = Counter()
     for leaves in modules.values():
         try:
-            kinds[reading.kind_of(layouts.plain(leaves), pack.metadata.get("sdlora.adapter", "")).__name__.rpartition(".")[2]] += 1
+            named = foreign.named(leaves) or reading.kind_of(layouts.plain(leaves), pack.metadata.get("sdlora.adapter", "")).__name__
+            kinds[named.rpartition(".")[2]] += 1
         except (UserError, reading.StrangeError):
             kinds["unknown"] += 1
     alphas = Counter(float(leaves["alpha"]) for leaves in modules.values() if "alpha" in leaves and leaves["alpha"].numel() == 1)

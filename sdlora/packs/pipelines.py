@@ -39,6 +39,7 @@ class Host:
     components: dict[str, nn.Module]
     base: Named
     bank: Bank
+    tokenizers: dict[str, Any] = field(default_factory=dict)  # by the component that reads their tokens
     strengths: dict[str, float] = field(default_factory=dict)
 
     def layers(self) -> dict[str, nn.Module]:
@@ -53,6 +54,11 @@ class Host:
         known = outline.of(self.layers())
         unet = {layer: f"lora_unet_{outline.original(layer, known).replace('.', '_')}" for layer in known if layer.startswith("unet.")}
         return {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2", **unet}
+
+    def spelling(self, word: str) -> dict[str, list[int]]:
+        """As a family's."""
+        read = {part: tokenizer(word, add_special_tokens=False).input_ids for part, tokenizer in self.tokenizers.items()}
+        return {f"{part}.text_model.embeddings.token_embedding": [*ids] for part, ids in read.items()}
 
     def use(self) -> None:
         """Let the packs act at their strengths."""
@@ -135,6 +141,7 @@ def host_of(pipeline: Any) -> Host:
     if isinstance(held, Host) and held.components["unet"] is pipeline.unet:
         return held
     components: dict[str, nn.Module] = {}
+    tokenizers = {}
     for part in PARTS:
         module = getattr(pipeline, part, None)
         if isinstance(module, nn.Module):
@@ -143,8 +150,10 @@ def host_of(pipeline: Any) -> Host:
         tokenizer = getattr(pipeline, part.replace("text_encoder", "tokenizer"), None) if part != "unet" else None
         if tokenizer is not None and part in components:
             mark_words(module, tokenizer)  # type: ignore[arg-type]
+            tokenizers[part] = tokenizer
     if "unet" not in components:
         raise UserError("E-PACK-15", "packs go on pipelines that have a UNet", type(pipeline).__name__, "use a StableDiffusionPipeline")
-    host = Host(components, Named(str(getattr(pipeline, "name_or_path", "") or type(pipeline).__name__)), Bank(components))
+    named = Named(str(getattr(pipeline, "name_or_path", "") or type(pipeline).__name__))
+    host = Host(components, named, Bank(components), tokenizers)
     setattr(pipeline, HELD, host)
     return host

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sdlora import lookup
 from sdlora.errors import UserError
 from sdlora.family import Family
-from sdlora.packs import convert, layouts, peft
+from sdlora.packs import convert, foreign, inversions, layouts, openclip, peft
 from sdlora.packs.convert import SCALE, Leaves
 
 LARGEST, STRONGEST, SMALLEST = 65504.0, 1e4, 1e-30
@@ -46,6 +46,11 @@ class Report:
         """Whether all that the pack holds acts."""
         return not self.unknown and not self.ignored
 
+    def count(self) -> str:
+        """How many layers are changed, how many keys and layers are not applied, and which."""
+        left = len(self.unknown) + len(self.ignored)
+        return f"{len(self.applied)} layers are changed, {left} of its keys and layers cannot be applied: {'; '.join(self.lines())}"
+
     def lines(self, most: int = 5) -> list[str]:
         """What does not act, for people; of many alike the first."""
         found = [f"{key}: {why}" for key, why in self.ignored.items()][:most]
@@ -54,12 +59,17 @@ class Report:
         return found + ([f"and {left} more"] if left else [])
 
 
-def fit(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: Family) -> tuple[dict[str, Fitted], Report]:
-    """What goes on which layers, by full name; nothing is changed. Raises `UserError` for numbers that no sound pack holds."""
+def fit(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: Family, word: str = "") -> tuple[dict[str, Fitted], Report]:
+    """What goes on which layers, by full name; nothing is changed. `word` is what the embeddings of a file that names none are of.
+
+    Raises `UserError` for numbers that no sound pack holds.
+    """
     check_numbers(tensors)
     layers = family.layers()
-    found = layouts.sort(tensors, layouts.spellings(layers, family.prefixes))
-    report = Report(found.layouts, unknown=found.unknown)
+    taken = inversions.take(openclip.taken_apart(tensors, layers), word, family)
+    tensors = taken.tensors
+    found = layouts.sort(tensors, layouts.spellings(layers, family.prefixes) | _openclip(layers))
+    report = Report(found.layouts, unknown=found.unknown, ignored=taken.ignored, notes=taken.notes)
     report.ignored |= dict.fromkeys(found.twice, "the same is given under another name as well")
     said, fitted = peft.Alphas.read(metadata), {}
     for layer, named in found.layers.items():
@@ -88,6 +98,10 @@ def check_numbers(tensors: Mapping[str, Tensor]) -> None:
             raise UserError("E-PACK-05", what, key, "train it again at a lower rate")
 
 
+def _openclip(layers: Iterable[str]) -> dict[str, tuple[str, str]]:
+    return {name: (layer, "original") for name, layer in openclip.spellings(layers, fused=False)}
+
+
 class StrangeError(ValueError):
     """Leaves that no kind of adapter has."""
 
@@ -114,6 +128,8 @@ def ranks(leaves: Mapping[str, Tensor]) -> int:
     for name in (layouts.DOWN, "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
         if name in leaves and leaves[name].ndim:
             return len(leaves[name])
+    if foreign.GLORA[0] in leaves and leaves[foreign.GLORA[0]].ndim:
+        return min(leaves[foreign.GLORA[0]].shape[:2])
     return 0
 
 
@@ -129,7 +145,7 @@ def _layer(leaves: Leaves, layer: nn.Module, named: str) -> Fitted:
         raise ValueError(f"its alpha {float(leaves['alpha']):g} is beyond all sense at rank {rank}")
     if not convert.needs_folding(leaves):
         return _whole(leaves, layer, named)
-    apart = {"diff_b", "rescale", "oft_diag"} | (set() if layouts.DOWN in leaves else {SCALE})
+    apart = convert.apart(leaves)
     main = {name: tensor for name, tensor in leaves.items() if name not in apart}
     difference = None
     if set(main) - {"alpha"}:
