@@ -127,8 +127,9 @@ class Judge:
         self.images = {("base", 0.0): pictures.images(self.base[: len(questions.asked)])}
 
     def prompts(self, texts: Sequence[str]) -> list[tuple[str, int]]:
-        """(prompt, seed) of every picture, prompts fastest."""
-        return [(text, seed) for seed in self.questions.seeds for text in texts]
+        """(prompt, seed) of every picture, prompts fastest; a prompt that stands there again is drawn at seeds that it has not had."""
+        again = [texts[:i].count(text) * len(self.questions.seeds) for i, text in enumerate(texts)]
+        return [(text, seed + later) for seed in self.questions.seeds for text, later in zip(texts, again, strict=True)]
 
     def ask(self, name: str, step: int, scales: Sequence[float] = ()) -> list[Judged]:
         """Measure one candidate at every scale, or at these."""
@@ -219,9 +220,10 @@ def material(settled: Run, dataset: Dataset, asking: Asking) -> tuple[Questions,
         shown = [buckets.fit(read_picture(items[i].path, settled.data.ground), size) / 2 + 0.5 for i in places]
         return torch.stack(shown) if shown else torch.empty(0, 3, size[1], size[0])
 
-    asked = dict.fromkeys(captions.final(items[i], settled, 0) for i in [*dataset.held, *pool])
+    said = dict.fromkeys(captions.final(items[i], settled, 0) for i in [*dataset.held, *pool])
+    asked = [*itertools.islice(itertools.cycle(said), asking.prompts)]  # few photographs without captions say one thing alone
     other = unrelated(settled.data.prior_prompts, asking.prompts)
-    questions = Questions([*asked][: asking.prompts], other, range(asking.seeds), asking.scales, size, asking.steps)
+    questions = Questions(asked, other, range(asking.seeds), asking.scales, size, asking.steps)
     return questions, Truth(seen(pool), seen(dataset.held))
 
 
