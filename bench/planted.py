@@ -16,7 +16,7 @@ in hindsight; and what the checkpoint chosen by one judging loses on the best in
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -31,7 +31,7 @@ NAME = "tavi"
 """The trigger of all sets: that of the bundled character's captions."""
 EVERY = 20
 """Steps between checkpoints."""
-SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 2.0)
 OTHERS = (0.5, 1.0)
 """Scales of the good one, and of those beside it."""
 WITHIN = 0.25
@@ -61,25 +61,29 @@ def main() -> None:
     parser.add_argument("--style", type=Path, required=True, help="captioned pictures in one style")
     parser.add_argument("--sets", default="character,photos,style", help="which are judged")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=10, help="of drawing a picture")
+    parser.add_argument("--draws", type=int, default=2, help="seeds of each judging, as of `find best`")
+    parser.add_argument("--steps", type=int, default=8, help="of drawing a picture")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "planted")
     options = parser.parse_args()
     sets = {
-        "character": Planted(ROOT / "datasets" / "tavi", "character", 240, 4, 0.2, "photos"),
-        "photos": Planted(options.photos, "character", 100, 4, 0.4, "other"),
+        "character": Planted(ROOT / "datasets" / "tavi", "character", 100, 4, 0.2, "other"),
+        "photos": Planted(options.photos, "character", 60, 4, 0.4, "other"),
         "other": Planted(options.other, "character", 100, 4, 0.4, "", over=False),
         "style": Planted(options.style, "style", 100, 8, 0.2, "character"),
     }
-    asking = judge.Asking(scales=SCALES, steps=options.steps)
+    asking = judge.Asking(scales=SCALES, seeds=options.draws, steps=options.steps)
     for name in options.sets.split(","):
         wrong = sets[name].wrong
         trained(sets[wrong], options.out / wrong)
         steps = trained(sets[name], options.out / name)
         packs = {**candidates(options.out / name, steps, sets[name].budget), "wrong": good(options.out / wrong, sets[wrong].budget)}
         began = time.monotonic()
-        rounds = judged(options.out / name, packs, asking, options.seeds)
-        told = {"set": name, "good": steps[0], "over": steps[1], "seconds": round(time.monotonic() - began), **figures(rounds)}
-        api.save_text(options.out / f"{name}.json", lambda told=told, rounds=rounds: json.dumps({**told, "rounds": rounds}, indent=1))
+        rounds: list[Scores] = []
+        for one in judged(options.out / name, packs, asking, options.seeds):
+            rounds.append(one)
+            told = {"set": name, "good": steps[0], "over": steps[1], "seconds": round(time.monotonic() - began), **figures(rounds)}
+            text = json.dumps({**told, "rounds": rounds}, indent=1)
+            api.save_text(options.out / f"{name}.json", lambda text=text: text)  # type: ignore[misc]
         print(json.dumps(told, indent=1), flush=True)
 
 
@@ -119,11 +123,11 @@ def good(run: Path, budget: int) -> Pack:
 def candidates(run: Path, steps: tuple[int, int], budget: int) -> dict[str, Pack]:
     """The good one, the over-trained one, and by their steps those between which a checkpoint is to be chosen."""
     found = checkpoints(run)
-    ladder = {EVERY * max(1, round(budget * share / EVERY)) for share in (0.5, 1, 2, 5, 10)}
+    ladder = {EVERY * max(1, round(budget * share / EVERY)) for share in (0.5, 2, 5)}
     return {"good": found[steps[0]], "over": found[steps[1]], **{str(step): found[step] for step in sorted(ladder - {*steps})}}
 
 
-def judged(run: Path, packs: Mapping[str, Pack], asking: judge.Asking, seeds: int) -> list[Scores]:
+def judged(run: Path, packs: Mapping[str, Pack], asking: judge.Asking, seeds: int) -> Iterator[Scores]:
     """What each judging said of each candidate."""
     settled = api.settle(settings.read(run / "config.toml"))
     studio = api.open_studio()
@@ -131,7 +135,6 @@ def judged(run: Path, packs: Mapping[str, Pack], asking: judge.Asking, seeds: in
     questions, truth = judge.material(settled, dataset, asking)
     sight = eyes.opened("base", studio.family)
     names = {label: studio.add(replace(pack, name=label)) for label, pack in packs.items()}
-    rounds = []
     for seed in range(seeds):
         noise = [1000 * (seed + 1) + i for i in range(asking.seeds)]
         one = judge.Judge(studio, replace(questions, seeds=noise), truth, sight)
@@ -141,10 +144,9 @@ def judged(run: Path, packs: Mapping[str, Pack], asking: judge.Asking, seeds: in
         found: Scores = {}
         for row in one.rows:
             found.setdefault(labels[row.name], {})[row.scale] = row.table()
-        rounds.append(found)
         tops = {label: max(row["score"] for row in rows.values()) for label, rows in found.items()}
         print(run.name, seed, {label: round(top, 3) for label, top in sorted(tops.items(), key=lambda item: -item[1])}, flush=True)
-    return rounds
+        yield found
 
 
 def figures(rounds: Sequence[Scores]) -> dict[str, Any]:
@@ -194,7 +196,7 @@ def scores(rows: Mapping[float, Mapping[str, Any]]) -> dict[float, float]:
 
 def without(rounds: Sequence[Scores], place: int, read: Any) -> dict[Any, float]:
     """The mean of a judging's scores over all but that at a place; -1: over all."""
-    read_all = [read(one) for i, one in enumerate(rounds) if i != place]
+    read_all = [read(one) for i, one in enumerate(rounds) if i != place or len(rounds) == 1]
     return {key: mean(one[key] for one in read_all) for key in read_all[0]}
 
 
