@@ -8,15 +8,15 @@ tenth of a run, the *over-trained* one has exactly ten times its steps (under a 
 other's), the *wrong* one is the good one of another set under the same trigger, and *too strong* is the good one at twice its strength.
 Trained is what is not there yet.
 
-Each of `--seeds` judgings draws with noise of its own, as `sdlora find best` does. Printed is how often the good one comes first, each
-candidate as it comes (scale 1) and each at the scale that suits it best; how far the scale recommended for the good one is from the best
-in hindsight; and what the checkpoint chosen by one judging loses on the best in hindsight, which is the mean score of all other judgings.
+Each of `--seeds` judgings draws with noise of its own, as `sdlora find best` does; those that OUT/SET.json holds are not made again.
+Printed is how often the good one comes first, read in three ways: at the scale that all other judgings recommend for it, beside the others as they
+come (scale 1); all as they come; and each at the scale that suits it best. Then how far the scale that a judging recommends for the good
+one is from the best in hindsight, and what the checkpoint that it chooses loses on the best in hindsight: the mean score of all others.
 """
 
 import argparse
 import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -69,7 +69,7 @@ def main() -> None:
         "character": Planted(ROOT / "datasets" / "tavi", "character", 100, 4, 0.2, "other"),
         "photos": Planted(options.photos, "character", 60, 4, 0.4, "other"),
         "other": Planted(options.other, "character", 100, 4, 0.4, "", over=False),
-        "style": Planted(options.style, "style", 100, 8, 0.2, "character"),
+        "style": Planted(options.style, "style", 60, 8, 0.2, "character"),
     }
     asking = judge.Asking(scales=SCALES, seeds=options.draws, steps=options.steps)
     for name in options.sets.split(","):
@@ -77,14 +77,20 @@ def main() -> None:
         trained(sets[wrong], options.out / wrong)
         steps = trained(sets[name], options.out / name)
         packs = {**candidates(options.out / name, steps, sets[name].budget), "wrong": good(options.out / wrong, sets[wrong].budget)}
-        began = time.monotonic()
-        rounds: list[Scores] = []
-        for one in judged(options.out / name, packs, asking, options.seeds):
+        asked = {"good": steps[0], "over": steps[1], "draws": options.draws, "steps": options.steps}
+        rounds = known(options.out / f"{name}.json", asked)
+        for one in judged(options.out / name, packs, asking, range(len(rounds), options.seeds)):
             rounds.append(one)
-            told = {"set": name, "good": steps[0], "over": steps[1], "seconds": round(time.monotonic() - began), **figures(rounds)}
-            text = json.dumps({**told, "rounds": rounds}, indent=1)
+            text = json.dumps({**asked, "rounds": rounds}, indent=1)
             api.save_text(options.out / f"{name}.json", lambda text=text: text)  # type: ignore[misc]
-        print(json.dumps(told, indent=1), flush=True)
+        print(json.dumps({"set": name, **asked, **figures(rounds)}, indent=1), flush=True)
+
+
+def known(file: Path, asked: Mapping[str, int]) -> list[Scores]:
+    """The judgings of the same that were made before."""
+    table = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    rounds = table.get("rounds", []) if asked.items() <= table.items() else []
+    return [{label: {float(scale): row for scale, row in rows.items()} for label, rows in one.items()} for one in rounds]
 
 
 def trained(one: Planted, out: Path) -> tuple[int, int]:
@@ -127,7 +133,7 @@ def candidates(run: Path, steps: tuple[int, int], budget: int) -> dict[str, Pack
     return {"good": found[steps[0]], "over": found[steps[1]], **{str(step): found[step] for step in sorted(ladder - {*steps})}}
 
 
-def judged(run: Path, packs: Mapping[str, Pack], asking: judge.Asking, seeds: int) -> Iterator[Scores]:
+def judged(run: Path, packs: Mapping[str, Pack], asking: judge.Asking, seeds: Iterable[int]) -> Iterator[Scores]:
     """What each judging said of each candidate."""
     settled = api.settle(settings.read(run / "config.toml"))
     studio = api.open_studio()
@@ -135,7 +141,7 @@ def judged(run: Path, packs: Mapping[str, Pack], asking: judge.Asking, seeds: in
     questions, truth = judge.material(settled, dataset, asking)
     sight = eyes.opened("base", studio.family)
     names = {label: studio.add(replace(pack, name=label)) for label, pack in packs.items()}
-    for seed in range(seeds):
+    for seed in seeds:
         noise = [1000 * (seed + 1) + i for i in range(asking.seeds)]
         one = judge.Judge(studio, replace(questions, seeds=noise), truth, sight)
         for label, name in names.items():
@@ -157,7 +163,11 @@ def figures(rounds: Sequence[Scores]) -> dict[str, Any]:
     suited = [{label: max(row["score"] for row in one[label].values()) for label in plants} for one in rounds]
     chosen = [top(scores(one["good"])) for one in rounds]
     hindsight = [top(without(rounds, i, lambda one: scores(one["good"]))) for i in range(len(rounds))]
+    right = [{**one, "good": rounds[i]["good"][hindsight[i]]["score"]} for i, one in enumerate(comes)]
     return {
+        "judgings": len(rounds),
+        "first at its right scale": sum(max(one, key=lambda label: one[label]) == "good" for one in right),
+        "mean then": {label: round(mean(one[label] for one in right), 3) for label in right[0]},
         "first as it comes": sum(max(one, key=lambda label: one[label]) == "good" for one in comes),
         "first at its best scale": sum(max(one, key=lambda label: one[label]) == "good" for one in suited),
         "mean as it comes": {label: round(mean(one[label] for one in comes), 3) for label in comes[0]},
