@@ -9,9 +9,10 @@ other's), the *wrong* one is the good one of another set under the same trigger,
 Trained is what is not there yet.
 
 Each of `--seeds` judgings draws with noise of its own, as `sdlora find best` does; those that OUT/SET.json holds are not made again.
-Printed is how often the good one comes first, read in three ways: at the scale that all other judgings recommend for it, beside the others as they
-come (scale 1); all as they come; and each at the scale that suits it best. Then how far the scale that a judging recommends for the good
-one is from the best in hindsight, and what the checkpoint that it chooses loses on the best in hindsight: the mean score of all others.
+Printed is how often the good one comes first, read in three ways: at the scale that all other judgings recommend for it, beside the
+others as they come (scale 1); all as they come; and each at the scale that suits it best. Then how far the scale that a judging recommends
+for the good one is from the best in hindsight, and what the checkpoint that it chooses loses on the best in hindsight, by the mean score
+of all other judgings.
 """
 
 import argparse
