@@ -23,8 +23,8 @@ from sdlora.settling import settle
 from sdlora.studio import Studio
 
 UPWARD = {"gain": "gain on the loss held out", "likeness": "likeness", "drift": "drift"}
-ACROSS = {"parameters": "parameters", "memory_bytes": "memory, bytes", "seconds": "seconds a step"}
-"""What is drawn against what, and how it is called."""
+ACROSS = {"parameters": ("parameters", 1.0), "memory_bytes": ("memory, GB", 1e9), "seconds": ("seconds a step", 1.0)}
+"""What is drawn against what, how it is called, and in what unit."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ def drawn(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     """Gain, likeness and drift, a row each, against parameters, memory and time."""
     plots = []
     for figure, upward in UPWARD.items():
-        for measure, across in ACROSS.items():
+        for measure, (across, unit) in ACROSS.items():
             curves = []
             for kind in dict.fromkeys(row["kind"] for row in rows):
                 own = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["rank"] or 0)
                 ranks = ["" if row["rank"] is None else str(row["rank"]) for row in own]
-                curves.append(Curve(kind, [(row[measure], row[figure]) for row in own], names=ranks))
+                curves.append(Curve(kind, [(row[measure] / unit, row[figure]) for row in own], names=ranks))
             plots.append(plot("", across, upward, curves, log_across=measure == "parameters"))
     width, height = plots[0].size
     paper = Image.new("RGB", (len(ACROSS) * width, len(UPWARD) * height))
