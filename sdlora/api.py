@@ -47,6 +47,8 @@ from sdlora.errors import UserError
 from sdlora.events import Event
 from sdlora.generate import Recipe
 from sdlora.judge import Asking
+from sdlora.kinds import Wanted as KindsWanted
+from sdlora.kinds import find as find_kind
 from sdlora.making import compare_packs, merge_packs, pack_spectrum, resize_pack
 from sdlora.packs import bundle
 from sdlora.packs.card import about as about_pack
@@ -81,6 +83,7 @@ __all__ = [
     "Edit",
     "Entry",
     "Event",
+    "KindsWanted",
     "Pack",
     "Push",
     "Reading",
@@ -113,6 +116,7 @@ __all__ = [
     "events",
     "find_best",
     "find_dimension",
+    "find_kind",
     "find_rate",
     "free_memory",
     "grid",

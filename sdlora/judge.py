@@ -58,6 +58,7 @@ class Truth:
 
     seen: Tensor  # trained on
     held: Tensor  # never trained on; empty where there are none, and then likeness is to the seen ones
+    says: Sequence[str]  # captions of those that likeness is to
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,14 @@ class Judge:
         self.centre = torch.cat([plain, eyes.see(truth.held if len(truth.held) else truth.seen)])
         self.seen = eyes.see(truth.seen)
         self.true = measures.centred(eyes.see(truth.held if len(truth.held) else truth.seen), self.centre)
+        self.fits = measures.fitting([text for text, _ in self.prompts(questions.asked)], truth.says)
         self.rows = [self._measured("base", 0, 0.0, self.base)]
         self.images = {("base", 0.0): pictures.images(self.base[: len(questions.asked)])}
 
     def prompts(self, texts: Sequence[str]) -> list[tuple[str, int]]:
-        """(prompt, seed) of every picture, prompts fastest."""
-        return [(text, seed) for seed in self.questions.seeds for text in texts]
+        """(prompt, seed) of every picture, prompts fastest; a prompt that stands there again is drawn at seeds that it has not had."""
+        again = [texts[:i].count(text) * len(self.questions.seeds) for i, text in enumerate(texts)]
+        return [(text, seed + later) for seed in self.questions.seeds for text, later in zip(texts, again, strict=True)]
 
     def ask(self, name: str, step: int, scales: Sequence[float] = ()) -> list[Judged]:
         """Measure one candidate at every scale, or at these."""
@@ -168,7 +171,7 @@ class Judge:
         count = len(self.prompts(self.questions.asked))
         drawn, base = self.eyes.see(pixels), self.eyes.see(self.base)
         own, plain = measures.centred(drawn, self.centre), measures.centred(base, self.centre)
-        like, moved = measures.likeness(own[:count], self.true), measures.drift(plain[count:], own[count:])
+        like, moved = measures.likeness(own[:count], self.true, self.fits), measures.drift(plain[count:], own[count:])
         places = like[measures.resampled(len(like))].mean(1) - moved[measures.resampled(len(moved))].mean(1)
         copies = measures.memorisation(drawn[:count], self.seen)
         low, high = measures.interval(places)
@@ -219,10 +222,12 @@ def material(settled: Run, dataset: Dataset, asking: Asking) -> tuple[Questions,
         shown = [buckets.fit(read_picture(items[i].path, settled.data.ground), size) / 2 + 0.5 for i in places]
         return torch.stack(shown) if shown else torch.empty(0, 3, size[1], size[0])
 
-    asked = dict.fromkeys(captions.final(items[i], settled, 0) for i in [*dataset.held, *pool])
+    # A prompt of a picture trained on would be answered best by a copy of it.
+    said = [captions.final(items[i], settled, 0) for i in dataset.held or pool]
+    asked = [*itertools.islice(itertools.cycle(dict.fromkeys(said)), asking.prompts)]
     other = unrelated(settled.data.prior_prompts, asking.prompts)
-    questions = Questions([*asked][: asking.prompts], other, range(asking.seeds), asking.scales, size, asking.steps)
-    return questions, Truth(seen(pool), seen(dataset.held))
+    questions = Questions(asked, other, range(asking.seeds), asking.scales, size, asking.steps)
+    return questions, Truth(seen(pool), seen(dataset.held), said)
 
 
 def _words(best: Judged, base: Judged, equal: Sequence[Judged], rows: Sequence[Judged]) -> str:

@@ -21,10 +21,16 @@ def centred(features: Tensor, centre: Tensor) -> Tensor:
     return F.normalize(features - centre.mean(0), dim=1)
 
 
-def likeness(drawn: Tensor, true: Tensor) -> Tensor:
-    """(N,) cosine of each picture to the picture that it is most like, of unit vectors (N, D), (M, D): the recall-free half of
-    DreamBooth's DINO and CLIP-I scores (Ruiz et al. 2023, section 4.1), with the best in place of the mean over all."""
-    return (drawn @ true.T).max(1).values
+def likeness(drawn: Tensor, true: Tensor, fits: Tensor) -> Tensor:
+    """(N,) cosine of each picture to the one that it is most like, of unit vectors (N, D), (M, D), among those that `fits` (N, M) says
+    it may be compared with: DreamBooth's DINO and CLIP-I scores (Ruiz et al. 2023, section 4.1), with the best in place of the mean."""
+    return (drawn @ true.T).masked_fill(~fits, -torch.inf).max(1).values
+
+
+def fitting(asked: Sequence[str], says: Sequence[str]) -> Tensor:
+    """(N, M) which pictures, by their captions, a prompt's are to be like: those of the same words where there are any, else all."""
+    same = torch.tensor([[one == text for one in says] for text in asked])
+    return same | ~same.any(1, keepdim=True)
 
 
 def drift(base: Tensor, adapter: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ class Trial:
     parameters: int
     seconds: float  # a step
     curve: list[tuple[int, float]]  # (steps taken, validation loss); the first is the base's
+    peak_bytes: int | None  # the most memory that training took, where the device says it
 
     @property
     def gain(self) -> float:
@@ -77,8 +78,11 @@ class Bench:
         self.planned = plan.choose(self.settled.train, measured, devices.free_bytes(self.accelerator.device))
         self.planned.lay(self.family, self.accelerator.device)
 
-    def trial(self, settled: Run, looks: int = 1, rate: Callable[[int], float] | None = None) -> Trial:
-        """Train with these settings, which may differ in all but base and data; `rate(step)`: a factor on the learning rates.
+    def trial(
+        self, settled: Run, looks: int = 1, rate: Callable[[int], float] | None = None, then: Callable[[Bank], None] | None = None
+    ) -> Trial:
+        """Train with these settings, which may differ in all but base and data; `rate(step)`: a factor on the learning rates; `then`
+        sees what was learnt, on the bank under the run's name.
 
         The loss is measured before, `looks` times on the way, evenly, the last time at the end; where it is lost the trial ends.
         """
@@ -89,11 +93,16 @@ class Bench:
         learner = new_learner(one, self.family, bank, self.accelerator, self.latents)
         setup = self.planned.setup(self.family, bank, [learner])
         held = job.new_course(one, setup, Stop()).held
+        devices.forget_peak(self.accelerator.device)
         try:
             curve, seconds = self._followed(setup, held, looks, rate)
+            peak = devices.peak_bytes(self.accelerator.device)
+            if then:
+                with learner.averaged():
+                    then(bank)
         finally:
             bank.eject()
-        return Trial(settled, sum(p.numel() for p in learner.params.values()), seconds, curve)
+        return Trial(settled, sum(p.numel() for p in learner.params.values()), seconds, curve, peak)
 
     def _followed(
         self, setup: Setup, held: Sequence[HeldOut], looks: int, rate: Callable[[int], float] | None

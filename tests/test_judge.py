@@ -49,7 +49,7 @@ def questions(**changes: object) -> Questions:
 
 def truth(held: int = 2) -> Truth:
     pixels = numbers((6, 3, 32, 32), 5).sigmoid()
-    return Truth(pixels[held:], pixels[:held])
+    return Truth(pixels[held:], pixels[:held], ["mira"] * (held or 6))
 
 
 def test_dinov2_sees_as_transformers_does(dino: Path, studio: api.Studio) -> None:

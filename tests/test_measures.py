@@ -21,10 +21,21 @@ def near(vectors: Tensor, share: float, seed: int = 9) -> Tensor:
 
 def test_likeness_grows_with_what_is_shared_and_takes_the_best_of_all() -> None:
     true = unit(1)
-    found = [float(measures.likeness(near(true.roll(3, 0), share), true).mean()) for share in (0.0, 0.3, 0.6, 0.9, 1.0)]
+    all_fit = torch.ones(12, 12, dtype=torch.bool)
+    found = [float(measures.likeness(near(true.roll(3, 0), share), true, all_fit).mean()) for share in (0.0, 0.3, 0.6, 0.9, 1.0)]
     assert found == sorted(found)
     assert found[-1] == pytest.approx(1.0)
     assert found[0] < 0.5
+
+
+def test_what_a_prompt_asks_for_is_not_answered_by_another_picture() -> None:
+    """Pictures of the right set under the wrong prompts, as an adapter draws that knows its training pictures by heart."""
+    true, says = unit(1), [f"tavi {i}" for i in range(12)]
+    fits = measures.fitting(says, says)
+    assert float(measures.likeness(near(true, 0.9), true, fits).mean()) > 0.9
+    assert float(measures.likeness(near(true.roll(1, 0), 0.9), true, fits).mean()) < 0.5
+    assert float(measures.likeness(near(true.roll(1, 0), 0.9), true, torch.ones_like(fits)).mean()) > 0.9, "the control: it would pass"
+    assert measures.fitting(["tavi", "a"], ["tavi", "tavi", "b"]).tolist() == [[True, True, False], [True, True, True]]
 
 
 def test_drift_is_zero_for_the_base_itself_and_grows_with_the_change() -> None:

@@ -19,7 +19,7 @@ LAYERS = [
     "devices", "data", "probe", "generate", "schedule", "packs", "pictures", "score", "eyes", "measures",
     "record", "queue", "charts", "plots", "report", "trackers",
     "train", "state", "validation", "diagnose", "studio", "judge", "preview", "priors", "estimate", "plan", "profiling",
-    "course", "learners", "settling", "best", "export", "job", "search", "average", "cast", "sweep", "sharing", "making", "fleet",
+    "course", "learners", "settling", "best", "export", "job", "search", "kinds", "average", "cast", "sweep", "sharing", "making", "fleet",
     "api", "terminal", "verbs", "cli",
 ]  # fmt: skip
 """Bottom up; a module imports only from modules before its own."""

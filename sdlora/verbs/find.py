@@ -64,15 +64,55 @@ def dimension(
         told(api.find_dimension(run, Path(scratch), steps, {name: ladder for name, ladder in ladders.items() if ladder}), out / "dimension")
 
 
+@app.command()
+def kind(
+    data: Annotated[Path, typer.Option(help="folder with the pictures, or a TOML file of settings", metavar="DIR|F.toml")],
+    kinds: Annotated[str, typer.Option(help="kinds of adapters, separated by commas")] = "lora,dora,full",
+    ranks: Annotated[str, typer.Option(help="ranks of the kinds that have one")] = "1,4,16,64",
+    steps: Steps = 100,
+    seeds: Annotated[int, typer.Option(help="trainings of each, whose mean is told", min=1)] = 1,
+    prompts: Annotated[int, typer.Option(help="prompts that name the trigger, and as many that do not", min=1)] = 6,
+    eyes: Annotated[str, typer.Option(help="what compares pictures: auto, base, dinov2, clip, a folder or a hub id")] = "auto",
+    set_: Set = None,
+    out: Out = Path("found"),
+) -> None:
+    """Train kinds of adapters at several ranks alike, and lay what they learn beside what they cost; what is done is not done again."""
+    with shown_errors():
+        from sdlora import api
+
+        wanted = api.KindsWanted([name.strip() for name in kinds.split(",") if name.strip()], numbers(ranks, "--ranks"), steps, seeds)
+        table, file = settings(data, set_)
+        rows: list[dict[str, Any]] = []
+        for event in api.find_kind(table, wanted, api.Asking(prompts=prompts, eyes=eyes), out, file or "command line"):
+            say(event.text)
+            rows = event.data.get("rows", rows)
+        shown = Table(
+            "kind", "rank", "parameters", "GB", "s a step", "gain", "likeness", "drift", box=None, pad_edge=False, header_style="bold"
+        )
+        for row in rows:
+            cost = (f"{row['parameters']:,}", f"{row['memory_bytes'] / 1e9:.3f}", f"{row['seconds']:.3f}")
+            shown.add_row(row["kind"], str(row["rank"] or ""), *cost, f"{row['gain']:.1%}", f"{row['likeness']:.3f}", f"{row['drift']:.3f}")
+        console().print(shown)
+        say(f"memory is {rows[0]['memory']}; the base's likeness is {rows[0]['base']['likeness']:.3f}; seen by {rows[0]['eyes']}")
+
+
 def settled(source: Path, assignments: Optional[list[str]]) -> "Run":
     """The run that a folder or a file of settings, and assignments, mean."""
+    from sdlora import api
+
+    table, file = settings(source, assignments)
+    return api.settle(table, file or "command line")
+
+
+def settings(source: Path, assignments: Optional[list[str]]) -> tuple[dict[str, Any], Optional[Path]]:
+    """The table of a folder or a file of settings with assignments laid over it, and that file."""
     from sdlora import api
 
     file = source if source.suffix == ".toml" else None
     table = api.read_settings(file, assignments or [])
     if not file:
         api.override(table, f"data.folder={json.dumps(str(source))}")
-    return api.settle(table, file or "command line")
+    return table, file
 
 
 def told(events: "Iterator[Event]", place: Path) -> None:
