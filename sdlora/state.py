@@ -128,11 +128,13 @@ def _files(progress: Progress, learners: Sequence[Learner]) -> dict[str, bytes]:
 
 
 def _numbers(learner: Learner) -> dict[str, Any]:
-    """What the optimizer remembers in plain numbers: of each parameter, and of each group."""
+    """What the optimizer remembers in plain numbers: of each parameter, of each group, and of the factor under half precision."""
     slots = {name: learner.optimizer.state.get(parameter, {}) for name, parameter in learner.params.items()}
     plain = {name: {slot: value for slot, value in own.items() if not isinstance(value, Tensor)} for name, own in slots.items()}
     groups = [{entry: group[entry] for entry in group["memory"] if entry in group} for group in learner.optimizer.param_groups]
-    return {"parameters": {name: own for name, own in plain.items() if own}, "groups": groups}
+    scaler = learner.optimizer.scaler
+    factor = {"scaler": scaler.state_dict()} if scaler is not None else {}
+    return {"parameters": {name: own for name, own in plain.items() if own}, "groups": groups, **factor}
 
 
 def _remember(learner: Learner, numbers: dict[str, Any]) -> None:
@@ -140,6 +142,8 @@ def _remember(learner: Learner, numbers: dict[str, Any]) -> None:
         learner.optimizer.state[learner.params[name]].update(own)
     for group, own in zip(learner.optimizer.param_groups, numbers.get("groups", []), strict=False):
         group.update(own)
+    if learner.optimizer.scaler is not None and "scaler" in numbers:
+        learner.optimizer.scaler.load_state_dict(numbers["scaler"])
 
 
 def steps(run: Path) -> list[int]:

@@ -1,18 +1,22 @@
 """A run that was stopped anywhere, and goes on, ends as the one that never was: every tensor, and all metadata but the clock."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from sdlora import api, lookup, safeio, state
+from sdlora import api, cast, devices, lookup, safeio, state
 from sdlora.api import Event
 from sdlora.config import Run
 from sdlora.errors import UserError
@@ -90,6 +94,30 @@ def test_every_kind_goes_on_where_it_was(kind: str, squares: Path, base: Path, t
     assert differences(pack(tmp_path / "run"), pack(tmp_path / "whole")) == []
     two, six = (load_file(state.folder(tmp_path / "whole", step) / "adapter.safetensors") for step in (2, 6))
     assert all(not torch.equal(two[name], six[name]) for name in two), "and all of it learns"
+
+
+def test_the_factor_of_half_precision_goes_on_where_it_was(
+    squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scaling(precision: str) -> tuple[Accelerator, torch.dtype]:
+        accelerator, dtype = devices.for_training(precision)
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        return accelerator, dtype
+
+    def factor(run: Path) -> dict[str, float]:
+        written = json.loads((state.folder(run, 6) / "state.json").read_text())
+        found: dict[str, float] = written["optimizer"]["mira"]["scaler"]
+        return found
+
+    monkeypatch.setattr(cast, "devices", SimpleNamespace(**{**vars(devices), "for_training": scaling}))
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=4.0, growth_interval=4))
+    run = small.settled(squares, base)
+    go(run, tmp_path / "whole")
+    go(run, tmp_path / "run", 3)
+    go(run, tmp_path / "run")
+    assert factor(tmp_path / "run") == factor(tmp_path / "whole")
+    assert factor(tmp_path / "whole")["scale"] == 8.0, "it grew after four steps, which a factor that began anew would not have"
+    assert differences(pack(tmp_path / "run"), pack(tmp_path / "whole")) == []
 
 
 def test_another_seed_would_be_noticed(whole: dict[str, Path], squares: Path, base: Path, tmp_path: Path) -> None:
