@@ -133,7 +133,9 @@ def _together(members: Sequence[Member], setup: Setup, planned: Plan, accelerato
         setup.family.lay_aside(idle(setup.family, talking))
     if members[0].job.settled.train.compile:
         count = sum(map(compiled.compile_blocks, setup.family.components.values()))
-        yield from follow(members[0], [Event("note", f"{count} blocks of the base are compiled; the first step of each shape takes long")])
+        told = Event("note", f"{count} blocks of the base are compiled; the first step of each shape takes long")
+        for member in going(members):
+            yield from follow(member, [told])
     yield from _steps(going(members), setup, planned, asking, laps)
     stopped = [member for member in going(members) if given(member.course).stopped]
     ended = [member for member in going(members) if member not in stopped]

@@ -152,13 +152,13 @@ def start(member: Member, setup: Setup, accelerator: Accelerator) -> Iterator[Ev
     """Put the run's adapter on the base, beside the others, as its last checkpoint has it."""
     job = member.job
     setup.learners.append(new_learner(job, setup.family, setup.bank, accelerator, member.latents))
+    member.course = new_course(job, setup, member.stop)  # first: who breaks from here on takes no step
     export.foresee(job.settled, setup.family, file.exact_tensors(setup.bank, job.settled.name, setup.family), job.dataset)
     if job.kept.note:
         yield Event("warning", job.kept.note)
     sentence, parts = adapted(setup.bank, job.settled, setup.family)
     yield Event("note", sentence)
     yield from (Event("note", adapted_line(part), data={"adapted": part}) for part in parts)
-    member.course = new_course(job, setup, member.stop)
     yield from take_up(member.course)
 
 

@@ -187,6 +187,9 @@ def test_a_run_that_would_tell_is_stopped_before_it_trains(base: Path, pictures:
     settled = small.settled(pictures, base, pack__description="from /home/someone/pictures of mine")
     with pytest.raises(UserError, match="E-PACK-09"):
         list(api.train(settled, tmp_path / "run"))
+    told = [event["kind"] for event in api.events(tmp_path / "run")[0]]
+    assert told[-1] == "failed"
+    assert "step" not in told
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
