@@ -13,8 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import safetensors.torch
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from sdlora import safeio, state
@@ -271,7 +273,8 @@ class Outcome:
 
 def new_learner() -> Learner:
     params = {name: nn.Parameter(torch.linspace(-1, 1, size)) for name, size in (("up", 6), ("down", 4))}
-    optimizer: Any = adamw.new(groups([(params, 0.05)]), adamw.Config())
+    accelerate.Accelerator(cpu=True)  # what wraps an optimizer reads the process's state
+    optimizer = AcceleratedOptimizer(adamw.new(groups([(params, 0.05)]), adamw.Config()))
     return Learner("mira", None, params, optimizer, None, None)  # type: ignore[arg-type]
 
 
@@ -280,7 +283,7 @@ def advance(learner: Learner, step: int) -> None:
     for name, parameter in learner.params.items():
         noise = stream(0, f"noise/{name}", step).standard_normal(parameter.shape)
         parameter.grad = parameter.detach() * 0.3 + torch.from_numpy(noise).float()
-    learner.optimizer.mask(torch.tensor(True))
+    learner.optimizer.optimizer.mask(torch.tensor(True))
     learner.optimizer.step()
 
 
