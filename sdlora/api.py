@@ -22,7 +22,6 @@ from sdlora import (
     estimate,
     family,
     learners,
-    lock,
     lookup,
     pictures,
     plan,
@@ -55,6 +54,7 @@ from sdlora.packs.card import about as about_pack
 from sdlora.packs.card import rows as about_rows
 from sdlora.packs.pipelines import Applied, Pack
 from sdlora.packs.readers import Reading
+from sdlora.processes import leads
 from sdlora.queue import Entry, take_out
 from sdlora.queue import entries as queued
 from sdlora.queue import start as start_queue
@@ -123,6 +123,7 @@ __all__ = [
     "header_changes",
     "inspect_base",
     "is_cast",
+    "leads",
     "merge_packs",
     "open_pack",
     "open_studio",
@@ -200,10 +201,8 @@ def train_cast(runs: Sequence[Run], out: Path, stop: Stop | None = None) -> Iter
     Stopped as by `train`: all of them by `stop` or a file in `out`, one by a file in its own folder.
     """
     cast.check(runs, out)
-    with lock.held(out):
-        cast.keep(runs, out)
-        for name, event in cast.train([(run, out / run.name) for run in runs], learners.base_of(runs[0]), stop, out):
-            yield replace(event, member=name)
+    for name, event in cast.train([(run, out / run.name) for run in runs], learners.base_of(runs[0]), stop, out):
+        yield replace(event, member=name)
 
 
 def sweep(table: dict[str, Any], over: Sequence[str], source: object = "") -> list[Run]:

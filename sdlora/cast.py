@@ -2,7 +2,9 @@
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import tomli_w
 import torch
 from accelerate import Accelerator
 
-from sdlora import compiled, devices, estimate, family, job, lock, plan, profiling, safeio, settings, state
+from sdlora import compiled, devices, estimate, family, job, learners, lock, plan, processes, profiling, safeio, settings, state
 from sdlora.adapter import Bank
 from sdlora.config import Run, flat
 from sdlora.data import ledger, store
@@ -21,10 +23,11 @@ from sdlora.job import Member
 from sdlora.laps import Laps
 from sdlora.learners import Job, check_objective, check_optimizer, doubts, given, idle, memory, pieces, speaks
 from sdlora.plan import Plan
+from sdlora.processes import Processes
 from sdlora.stop import FILES, Stop
 from sdlora.studio import Studio
 from sdlora.trackers import Trackers
-from sdlora.train import Setup, Trained, steps
+from sdlora.train import Setup, Trained, assist, steps
 
 COMMON = ("base", "vae", "probe", "text.clip_skip", "text.chunks", "train.precision", "train.gradient_checkpointing", "train.base_weights",
           "train.memory_gb", "train.attention", "train.prefetch", "train.profile",
@@ -46,53 +49,72 @@ def run(settled: Run, base: Base, out: Path, stop: Stop | None = None) -> Iterat
 
 
 def train(runs: Runs, base: Base, stop: Stop | None = None, asked: Path | None = None) -> Told:
-    """Train resolved runs over one base, each into its own folder. Files in `asked` ask all of them to stop, save or show themselves.
+    """Train resolved runs over one base, each into its own folder. Files in `asked`, the folder of a cast, ask all of them to stop, save or
+    show themselves. Where a launcher started several processes, all take part, and only the first tells and writes anything.
 
     Who breaks leaves the others to go on; the first error is raised in the end.
     """
-    stop, laps = stop or Stop(), Laps()
+    with processes.together() as company, contextlib.ExitStack() as stack:
+        if asked and company.leads:
+            stack.enter_context(lock.held(asked))
+            keep([settled for settled, _ in runs], asked)
+        yield from _train(runs, base, (stop or Stop(), asked), stack, company)
+
+
+def _train(runs: Runs, base: Base, asking: Asking, stack: contextlib.ExitStack, company: Processes) -> Told:
+    stop, laps = asking[0], Laps()
+    company.alike({f"{run.name}: {key}": repr(value) for run, _ in runs for key, value in flat(run)})
     accelerator, dtype = devices.for_training(given(runs[0][0].train.precision))
     trackers = []
     for settled, out in runs:
-        job.check_folder(settled, out)
+        if company.leads:
+            job.check_folder(settled, out)
         check_optimizer(settled)
-        trackers.append(Trackers(settled.train.trackers, settled.name, out / "trackers"))
-    with contextlib.ExitStack() as stack:
-        loaded, planned, jobs, said = _settle(runs, base, (accelerator, dtype), stack, laps)
-        timing, members = estimate.pace_name(runs[0][0], loaded), []
-        for one, tracker in zip(jobs, trackers, strict=True):
-            own = stop if len(jobs) == 1 else Stop(above=stop)
-            members.append(Member(one, own, stack.enter_context(tracker), Log(one.out / "events.jsonl")))
-        for member, events in zip(members, said, strict=True):
-            yield from follow(member, events)
-        told = _together(members, planned.setup(loaded, Bank(loaded.components), []), planned, accelerator, (stop, asked), laps)
-        del loaded  # what tells makes room once it is trained
-        yield from told
-        for error in (member.error for member in members if member.error):
-            raise error
-        if len(members) == 1:  # in company a step takes longer
-            estimate.keep_pace(timing, jobs[0].kept, members[0].pace)
+        trackers.append(Trackers(settled.train.trackers if company.leads else [], settled.name, out / "trackers"))
+    loaded, planned, jobs, said = _settle(runs, base, (accelerator, dtype), stack, laps, company)
+    timing, members = estimate.pace_name(runs[0][0], loaded), []
+    for one, tracker in zip(jobs, trackers, strict=True):
+        own = stop if len(jobs) == 1 else Stop(above=stop)
+        members.append(Member(one, own, stack.enter_context(tracker), Log(one.out / "events.jsonl")))
+    setup = replace(planned.setup(loaded, Bank(loaded.components), []), processes=company)
+    if not company.leads:
+        _assist(members, setup, accelerator, stop)
+        return
+    for member, events in zip(members, said, strict=True):
+        yield from follow(member, events)
+    told = _together(members, setup, planned, accelerator, asking, laps)
+    del loaded, setup  # what tells makes room once it is trained
+    yield from told
+    for error in (member.error for member in members if member.error):
+        raise error
+    if len(members) == 1 == company.count:  # in company a step takes longer
+        estimate.keep_pace(timing, jobs[0].kept, members[0].pace)
 
 
 def _settle(
-    runs: Runs, base: Base, on: tuple[Accelerator, torch.dtype], stack: contextlib.ExitStack, laps: Laps
+    runs: Runs, base: Base, on: tuple[Accelerator, torch.dtype], stack: contextlib.ExitStack, laps: Laps, company: Processes
 ) -> tuple[Family, Plan, list[Job], list[list[Event]]]:
     """The base and the plan by which it lies in memory; the runs, once they are known to suit it, in folders that are theirs; and what is
     to be said of each first."""
     began, (accelerator, dtype) = time.time(), on
-    unlocked = [stack.enter_context(lock.held(out)) for _, out in runs]
-    kept = [store.usual(out / "cache") for _, out in runs]
-    found = [ledger.read_dataset(settled, out / "cache", own) for (settled, out), own in zip(runs, kept, strict=True)]
+    unlocked = [stack.enter_context(lock.held(out)) if company.leads else "" for _, out in runs]
+    kept = [store.usual(out / "cache", company) for _, out in runs]
+    with company.in_turn():
+        found = [ledger.read_dataset(settled, out / "cache", own) for (settled, out), own in zip(runs, kept, strict=True)]
     laps.end("pictures")
     if runs[0][0].train.compile:
         compiled.check(accelerator.device)
     attention = devices.attention(runs[0][0].train.attention, accelerator.device, dtype)
     loaded = family.load(base, torch.device("cpu"), dtype)
+    if company.count > 1:
+        company.alike({f"weights of the base's {part}": str(processes.checksum(whole)) for part, whole in loaded.components.items()})
     laps.end("base")
     fitted = [ledger.fit_dataset(pictures, settled, loaded) for pictures, (settled, _) in zip(found, runs, strict=True)]
     measured = [memory(run, loaded, pieces(run, loaded), dataset) for (run, _), dataset in zip(runs, fitted, strict=True)]
     before = next(filter(None, (job.weights_before(out) for _, out in runs)), "")
-    planned = plan.choose(runs[0][0].train, plan.together(measured), devices.free_bytes(accelerator.device), before)
+    free = devices.free_bytes(accelerator.device)
+    chosen = asdict(plan.choose(runs[0][0].train, plan.together(measured), free, before)) if company.leads else None
+    planned = Plan(**company.told(chosen))
     planned.lay(loaded, accelerator.device)
     loaded.attend(attention)
     laps.end("plan")
@@ -108,9 +130,9 @@ def _settle(
             what = f"on its pictures the base was measured to predict otherwise than on those of {jobs[-1].settled.name}"
             raise UserError("E-OBJ-02", what, one.settled.name, "set objective.kind, and probe=off, alike for all")
         warnings = [warned] * bool(warned) + told + doubts(one.settled, loaded, one.pieces)
-        changes = job.check_folder(one.settled, one.out)
+        changes = job.check_folder(one.settled, one.out) if company.leads else []
         said.append([Event("note", text) for text in [*first, *changes]] + [Event("warning", text) for text in warnings])
-    for one in jobs:
+    for one in jobs if company.leads else ():
         job.prepare_folder(one.settled, one.out, accelerator.device, planned.weights)
     return loaded, planned, jobs, said
 
@@ -119,24 +141,19 @@ def _together(members: Sequence[Member], setup: Setup, planned: Plan, accelerato
     """From the pictures to the packs."""
     stop = asking[0]
     for member in members:
-        yield from follow(member, job.prepare(member, setup.family))
+        yield from all_or_none(member, setup.processes, job.prepare(member, setup.family))
     laps.end("latents")
     if len(members) > 1:
         for event in room(members, setup, planned):  # of all, and so in nobody's log
             yield members[0].job.settled.name, event
     for member in going(members):
-        yield from follow(member, job.start(member, setup, accelerator))
+        yield from all_or_none(member, setup.processes, job.start(member, setup, accelerator))
     level(going(members))
     laps.end("adapter")
-    if setup.family.device.type == "cuda":
-        talking = any(speaks(one.job.pieces, one.job.dataset.account.used, one.job.settled) for one in going(members))
-        setup.family.lay_aside(idle(setup.family, talking))
-    if members[0].job.settled.train.compile:
-        count = sum(map(compiled.compile_blocks, setup.family.components.values()))
-        told = Event("note", f"{count} blocks of the base are compiled; the first step of each shape takes long")
-        for member in going(members):
-            yield from follow(member, [told])
+    yield from follow(members[0], _ready(going(members), setup))
     yield from _steps(going(members), setup, planned, asking, laps)
+    setup.processes.told(None)
+    setup.processes.leave()
     stopped = [member for member in going(members) if given(member.course).stopped]
     ended = [member for member in going(members) if member not in stopped]
     if stop.stopping and stopped:  # whose training has ended is finished when all go on
@@ -152,6 +169,56 @@ def _together(members: Sequence[Member], setup: Setup, planned: Plan, accelerato
         studio = Studio.open(base)
         for member in going(ended):
             yield from follow(member, job.finish(member, studio))
+
+
+def _ready(members: Sequence[Member], setup: Setup) -> Iterator[Event]:
+    """What is left to do once all adapters are on the base, as they begin or go on."""
+    if setup.family.device.type == "cuda":
+        talking = any(speaks(one.job.pieces, one.job.dataset.account.used, one.job.settled) for one in members)
+        setup.family.lay_aside(idle(setup.family, talking))
+    if members and members[0].job.settled.train.compile:
+        count = sum(map(compiled.compile_blocks, setup.family.components.values()))
+        yield Event("note", f"{count} blocks of the base are compiled; the first step of each shape takes long")
+    state.align(setup.processes, setup.learners, any(member.course and member.course.progress.step for member in members))
+    yield from shares(setup)
+
+
+def shares(setup: Setup) -> Iterator[Event]:
+    """What each of several processes does in a step, and what passes between them."""
+    count, samples = setup.processes.count, sum(len(learner.numbers) for learner in setup.learners)
+    if count == 1:
+        return
+    numbers = [parameter for learner in setup.learners for parameter in learner.params.values()]
+    size = sum(one.numel() * one.element_size() for one in numbers)
+    what = (
+        f"{count} processes share the {samples} samples of a step, {setup.processes.most(samples)} at most each, and add up their gradients"
+    )
+    data = {"processes": count, "gradient_bytes": size}
+    yield Event("note", f"{what}: {size / 1e6:.2f} MB a step, of the adapter alone", data=data)
+    if samples < count:
+        what = f"{count - samples} of {count} processes have nothing to do: a step has {samples} samples in all"
+        yield Event("warning", f"{what}; start fewer, or raise train.batch_size")
+
+
+def _assist(members: Sequence[Member], setup: Setup, accelerator: Accelerator, stop: Stop) -> None:
+    """What a process does that does not lead: its part of the pictures, then of each step. It tells and writes nothing."""
+    for member in members:
+        deque(job.prepare(member, setup.family), 0)
+    for member in members:
+        setup.learners.append(learners.new_learner(member.job, setup.family, setup.bank, accelerator, member.latents))
+    deque(_ready(members, setup), 0)
+    with stop.gently():
+        for _ in assist(setup):
+            if stop.stop:
+                setup.processes.ask(stop.signum)
+    setup.processes.leave()
+
+
+def all_or_none(member: Member, company: Processes, events: Iterable[Event]) -> Told:
+    """`follow`, but what breaks one member ends all where several processes work: the others do the same for it at this moment."""
+    yield from follow(member, events)
+    if member.error and company.count > 1:
+        raise member.error
 
 
 def room(members: Sequence[Member], setup: Setup, planned: Plan) -> Iterator[Event]:
@@ -184,6 +251,8 @@ def _steps(members: Sequence[Member], setup: Setup, planned: Plan, asking: Askin
                 told = True
                 if asked:
                     stop.look(asked)
+                if setup.processes.asked and not stop.stop:
+                    stop.signum, stop.stop = setup.processes.asked, True
                 stop.pass_on([member.stop for member in members if member.stop is not stop])
                 for member in members:
                     course = given(member.course)
@@ -192,8 +261,11 @@ def _steps(members: Sequence[Member], setup: Setup, planned: Plan, asking: Askin
                     elif member.stop.told and not course.learner.is_through:
                         yield from follow(member, course.halt())
         except UserError as error:  # of a step that they shared
+            gone = error.code == processes.GONE
             for member in (one for one in members if not given(one.course).learner.is_through):
-                yield from follow(member, broken(error))
+                yield from follow(member, broken(error, given(member.course).rescue() if gone else ()))
+            if gone:
+                raise
 
 
 def taken(members: Sequence[Member], setup: Setup) -> Iterator[tuple[Trained, list[Event]]]:
@@ -202,9 +274,9 @@ def taken(members: Sequence[Member], setup: Setup) -> Iterator[tuple[Trained, li
     return profiling.watched(setup, members[0].job.out) if looked_at else ((trained, []) for trained in steps(setup))
 
 
-def broken(error: UserError) -> Iterator[Event]:
-    """Events that end in an error at once."""
-    yield from ()
+def broken(error: UserError, events: Iterable[Event]) -> Iterator[Event]:
+    """Events that end in an error."""
+    yield from events
     raise error
 
 

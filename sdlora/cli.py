@@ -208,6 +208,9 @@ def follow(settled: "Run", out: Path) -> None:
     """Train with a progress bar, then say where things lie and what to type next."""
     from sdlora import api
 
+    if not api.leads():
+        run.assisting(lambda stop: api.train(settled, out, stop))
+        return
     tiny, again = settled.base == "tiny", shlex.join(["sdlora", "resume", str(out)])
     if tiny:
         say(TINY)
@@ -247,6 +250,11 @@ def follow(settled: "Run", out: Path) -> None:
 
 def follow_cast(runs: "list[Run]", out: Path) -> None:
     """Train a cast, then say what to type next."""
+    from sdlora import api
+
+    if not api.leads():
+        run.assisting(lambda stop: api.train_cast(runs, out, stop))
+        return
     run.casting(runs, out)
     say(f"next: {shlex.join(['sdlora', 'ui', '--data-root', str(out)])}    (all of them on one base)")
     if runs[0].base == "tiny":

@@ -101,6 +101,14 @@ class Course:
         data = {"signal": (self.stop.above or self.stop).signum}
         yield Event("stopped", f"saved at step {self.progress.step}", step=self.progress.step, data=data)
 
+    def rescue(self) -> Iterator[Event]:
+        """Save what was reached, where the next step cannot be taken."""
+        if self.unread:
+            yield from self._read(self.unread)
+            self.unread.clear()
+        if self.progress.step and self.progress.step not in state.steps(self.out):
+            yield from self._save()
+
     def _read(self, unread: Sequence[Trained]) -> Iterator[Event]:
         """Wait for the device and tell the losses of some steps; look for the cause of what was not finite."""
         train = self.settled.train

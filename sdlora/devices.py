@@ -1,12 +1,14 @@
 """Where a run computes and in which precision; accelerate brings the device, the processes and the fp16 gradient scaler."""
 
 import importlib
+import os
 from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sdlora import processes
 from sdlora.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -18,6 +20,9 @@ def for_training(precision: str) -> tuple[Accelerator, torch.dtype]:
     if dtype == torch.float16 and device.type != "cuda":
         what = f"fp16 needs a CUDA GPU for its gradient scaler; this run would be on {device.type}"
         raise UserError("E-CONF-06", what, "train.precision", "use auto, bf16 or fp32")
+    if not (processes.count_of(os.environ) == 1 or torch.distributed.is_initialized()):
+        what = "this command works in one process, and a launcher started several"
+        raise UserError("E-PROC-06", what, "environment", "start it by itself; `sdlora train` and `sdlora resume` know of launchers")
     return Accelerator(mixed_precision="fp16" if dtype == torch.float16 else "no", cpu=device.type == "cpu"), dtype
 
 

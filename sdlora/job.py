@@ -135,9 +135,18 @@ def prepare(member: Member, loaded: Family) -> Iterator[Event]:
     job, settled = member.job, member.job.settled
     if settled.data.prior_pictures:
         yield Event("note", f"the base draws {settled.data.prior_pictures} regularisation pictures, unless they are in the run's cache")
-        job = dataclasses.replace(job, dataset=priors.with_drawn(job.dataset, settled, loaded, job.out / "cache", job.kept))
+        with job.kept.processes.in_turn():
+            job = dataclasses.replace(job, dataset=priors.with_drawn(job.dataset, settled, loaded, job.out / "cache", job.kept))
         member.job = job
-    dataset = job.dataset
+    job.kept.processes.alike({"pictures and captions": job.dataset.digest})
+    if job.kept.processes.leads:
+        yield from account(job, loaded)
+    member.latents = cache.latents(job.dataset.account.used, job.dataset.variants, settled.data.ground, loaded, job.kept)
+
+
+def account(job: Job, loaded: Family) -> Iterator[Event]:
+    """Write what becomes of each picture."""
+    settled, dataset = job.settled, job.dataset
     yield Event("note", dataset.account.line())
     found = ledger.findings(dataset, settled, loaded)
     table = ledger.ledger(dataset, settled, loaded, found)
@@ -145,7 +154,6 @@ def prepare(member: Member, loaded: Family) -> Iterator[Event]:
     safeio.write(job.out / "ledger.json", json.dumps(table, indent=1))
     for finding in (one for one in found if one.severity == "warn"):
         yield Event("warning", ledger.said(finding))
-    member.latents = cache.latents(dataset.account.used, dataset.variants, settled.data.ground, loaded, job.kept)
 
 
 def start(member: Member, setup: Setup, accelerator: Accelerator) -> Iterator[Event]:

@@ -73,7 +73,7 @@ def part_of(event: Any) -> str:
 def base_alone(setup: Setup) -> int:
     """Microseconds of a step's passes through the base without adapters, forward and the gradient of its input."""
     slots = due(setup.learners) or [0]
-    samples = drawn(setup.learners, slots, setup.fitting(at_most([setup.learners[slot] for slot in slots])))
+    samples = drawn(setup, setup.learners, slots, setup.fitting(at_most([setup.learners[slot] for slot in slots])))
 
     def through() -> None:
         for batch in samples:

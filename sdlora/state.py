@@ -1,18 +1,21 @@
 """Checkpoints: everything that a step depends on beside the settings, as a folder of safetensors and JSON with checksums."""
 
+import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sdlora import safeio
 from sdlora.errors import NUMBERS, UserError
+from sdlora.processes import Processes
 from sdlora.train import Learner
 
 EMPTY = safetensors.torch.save({})
@@ -70,7 +73,9 @@ def folder(run: Path, step: int) -> Path:
 def machine(device: torch.device) -> dict[str, Any]:
     """What the last bits of a result depend on."""
     capability = torch.backends.cpu.get_cpu_capability()
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device.type, "instructions": capability}
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    found = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device.type, "instructions": capability}
+    return {**found, "processes": processes}
 
 
 def size(learners: Sequence[Learner]) -> int:
@@ -160,14 +165,36 @@ def restore(run: Path, learners: Sequence[Learner], last: int, only: int = 0) ->
         if files is None:
             damaged.append(set_aside(folder(run, step)))
             continue
-        tensors = {part: safetensors.torch.load(files.get(f"{part}.safetensors", EMPTY)) for part in ("adapter", "optimizer", "ema")}
-        for learner in learners:
-            _fill(learner, tensors, folder(run, step))
-        written = json.loads(files["state.json"])
-        for learner in learners:
-            _remember(learner, written.get("optimizer", {}).get(learner.name, {}))
+        written = _take(files, learners, folder(run, step))
         return Restored(_read(written, learners), damaged, _differences(written, learners))
     return Restored(Progress(), damaged)
+
+
+def _take(files: Mapping[str, bytes], learners: Sequence[Learner], where: object) -> dict[str, Any]:
+    """Put the files of a checkpoint into the learners; its plain numbers and words."""
+    tensors = {part: safetensors.torch.load(files.get(f"{part}.safetensors", EMPTY)) for part in ("adapter", "optimizer", "ema")}
+    written: dict[str, Any] = json.loads(files["state.json"])
+    for learner in learners:
+        _fill(learner, tensors, where)
+        _remember(learner, written.get("optimizer", {}).get(learner.name, {}))
+    return written
+
+
+def align(processes: Processes, learners: Sequence[Learner], resumed: bool) -> None:
+    """Let all processes begin at what process 0 has, which it reads from its disk alone; raise `UserError` where they do not."""
+    if processes.count == 1:
+        return
+    resumed = processes.told(resumed)
+    files = _files(Progress(), learners) if resumed and processes.leads else {}
+    for name in processes.told([*files]):
+        files[name] = processes.handed(files.get(name, b""))
+    if resumed and not processes.leads:
+        _take(files, learners, "process 0")
+    digest = hashlib.sha256()
+    for learner in learners:
+        for name, parameter in learner.params.items():
+            digest.update(name.encode() + parameter.detach().cpu().contiguous().numpy().tobytes())
+    processes.alike({"the adapter's first weights": digest.hexdigest()})
 
 
 def set_aside(path: Path) -> Path:
@@ -196,7 +223,7 @@ def _differences(state: dict[str, Any], learners: Sequence[Learner]) -> list[str
     return [f"not promised to be bit for bit the same as without the stop: {', '.join(changed)}"] if changed else []
 
 
-def _fill(learner: Learner, tensors: dict[str, dict[str, Tensor]], path: Path) -> None:
+def _fill(learner: Learner, tensors: dict[str, dict[str, Tensor]], path: object) -> None:
     weights, slots = tensors["adapter"], tensors["optimizer"]
     for name, parameter in learner.params.items():
         key = f"{learner.name}/{name}"

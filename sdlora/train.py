@@ -4,6 +4,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -19,6 +20,7 @@ from sdlora.errors import RESOURCES, UserError
 from sdlora.family import RECOMPUTED, Family
 from sdlora.objective import Noise, Noised, Noising, miss
 from sdlora.optimizer import rest, set_rate
+from sdlora.processes import ALONE, Processes
 from sdlora.schedule import rate
 
 
@@ -88,6 +90,7 @@ class Setup:
     recomputed: bool = False  # gradient checkpointing is on
     spare: bool = False  # it is not, but may be turned on where memory does not suffice
     ahead: Ahead[list[Batch]] | None = None  # prepares the samples of the next step during this one, where that is wished
+    processes: Processes = ALONE  # those that share each step's samples
 
     @property
     def goals(self) -> list[Goal]:
@@ -96,6 +99,19 @@ class Setup:
     def fitting(self, samples: int) -> int:
         """How many of so many samples go through the network at once."""
         return min(samples, self.at_once or samples)
+
+    def standing(self) -> dict[str, Any]:
+        """What a step depends on that may change between two steps, beside parameters and optimizers; JSON."""
+        each = [[learner.step, learner.left, [*learner.quarantine.items()]] for learner in self.learners]
+        return {"at_once": self.at_once, "recomputed": self.recomputed, "spare": self.spare, "learners": each}
+
+    def stand(self, standing: Mapping[str, Any]) -> None:
+        """Be as another process is that trains the same learners."""
+        if standing["recomputed"] and not self.recomputed:
+            self.recompute()
+        self.at_once, self.spare = standing["at_once"], standing["spare"]
+        for learner, (step, left, quarantine) in zip(self.learners, standing["learners"], strict=True):
+            learner.step, learner.left, learner.quarantine = step, left, dict(quarantine)
 
     def recompute(self) -> None:
         """Turn gradient checkpointing on."""
@@ -125,14 +141,27 @@ class Trained:
 def steps(setup: Setup) -> Iterator[Trained]:
     """Train until all learners are through; yields after every optimizer step. Each ends as if it had been trained alone."""
     while slots := due(setup.learners):
-        learners = [setup.learners[slot] for slot in slots]
-        losses = gradients(setup, slots)
-        with record_function("optimizer"):
-            finite = [update(learner, loss) for learner, loss in zip(learners, losses, strict=True)]
-        for learner in learners:
-            learner.step += 1
-        told = dict(zip(slots, losses, strict=True)), dict(zip(slots, finite, strict=True))
-        yield Trained(learners[0].step, *told, setup.at_once, setup.recomputed)
+        setup.processes.told(setup.standing())
+        yield step(setup, slots)
+
+
+def assist(setup: Setup) -> Iterator[Trained]:
+    """Take part in the steps that process 0 takes, until it says that there is none."""
+    while standing := setup.processes.told(None):
+        setup.stand(standing)
+        yield step(setup, due(setup.learners))
+
+
+def step(setup: Setup, slots: Sequence[int]) -> Trained:
+    """One optimizer step of the learners in these slots."""
+    learners = [setup.learners[slot] for slot in slots]
+    losses = gradients(setup, slots)
+    with record_function("optimizer"):
+        finite = [update(learner, loss) for learner, loss in zip(learners, losses, strict=True)]
+    for learner in learners:
+        learner.step += 1
+    told = dict(zip(slots, losses, strict=True)), dict(zip(slots, finite, strict=True))
+    return Trained(learners[0].step, *told, setup.at_once, setup.recomputed)
 
 
 def due(learners: Sequence[Learner]) -> list[int]:
@@ -152,17 +181,23 @@ def gradients(setup: Setup, slots: Sequence[int]) -> Tensor:
     """Leave a step's gradients on the parameters of the learners in these slots and return their losses, in this order.
 
     Where memory does not suffice the base's blocks are computed again in the backward pass, if they may be, and after that the same
-    samples, with the same noise, go through in smaller parts, from then on.
+    samples, with the same noise, go through in smaller parts, from then on. All processes do the same, each with its share of the samples.
     """
     learners = [setup.learners[slot] for slot in slots]
+    own = setup.processes.most(sum(len(learner.numbers) for learner in learners))
     while True:
-        at_once = setup.fitting(at_most(learners))
+        at_once, needed = setup.fitting(min(at_most(learners), own)), ""
         try:
-            return _accumulate(setup, slots, at_once)
+            loss = _accumulate(setup, slots, at_once)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
             needed = str(error).splitlines()[0]
+        params = [one for learner in learners for one in learner.params.values()] if setup.processes.count > 1 else []
+        lacking, *moved = setup.processes.any_of([bool(needed), *(one.grad is not None for one in params)])
+        if not lacking:
+            return summed(setup.processes, [one for one, moves in zip(params, moved, strict=True) if moves], loss)
+        needed = needed or "another process found too little"
         if not setup.thriftier(at_once):
             todo = "lower data.resolution_px or adapter.rank, or free memory, and resume"
             where = f"step {learners[0].step + 1}"
@@ -170,6 +205,19 @@ def gradients(setup: Setup, slots: Sequence[int]) -> Tensor:
         for learner in learners:
             learner.optimizer.zero_grad(set_to_none=True)
         clear_device_cache(garbage_collection=True)
+
+
+def summed(processes: Processes, params: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
+    """Put the sums of all processes' gradients on the parameters, and return that of their losses; all of it in one exchange."""
+    if processes.count > 1:
+        for one in params:
+            one.grad = torch.zeros_like(one) if one.grad is None else one.grad
+        parts = [*(one.grad for one in params if one.grad is not None), loss]
+        flat = torch.cat([part.flatten() for part in parts])
+        processes.sum_into(flat)
+        for part, found in zip(parts, torch.split(flat, [part.numel() for part in parts]), strict=True):
+            part.copy_(found.view_as(part))
+    return loss
 
 
 def _accumulate(setup: Setup, slots: Sequence[int], at_once: int) -> Tensor:
@@ -188,10 +236,10 @@ def ready(setup: Setup, slots: Sequence[int], at_once: int) -> list[Batch]:
     """The batches of a step; those of the next one are begun, where that is wished, as if all learners went on as they are."""
     learners = setup.learners
     if setup.ahead is None:
-        return drawn(learners, slots, at_once)
-    found = setup.ahead.take(_key(learners, slots, at_once), lambda: drawn(learners, slots, at_once))
+        return drawn(setup, learners, slots, at_once)
+    found = setup.ahead.take(_key(learners, slots, at_once), lambda: drawn(setup, learners, slots, at_once))
     later = [replace(one, step=one.step + (slot in slots), quarantine=dict(one.quarantine)) for slot, one in enumerate(learners)]
-    setup.ahead.prepare(_key(later, slots, at_once), lambda: drawn(later, slots, at_once))
+    setup.ahead.prepare(_key(later, slots, at_once), lambda: drawn(setup, later, slots, at_once))
     return found
 
 
@@ -200,22 +248,21 @@ def _key(learners: Sequence[Learner], slots: Sequence[int], at_once: int) -> tup
     return tuple(slots), at_once, tuple((learners[slot].step, tuple(learners[slot].quarantine.items())) for slot in slots)
 
 
-def drawn(learners: Sequence[Learner], slots: Sequence[int], at_once: int) -> list[Batch]:
-    """The batches of the learners' next step, those that go through the network together."""
+def drawn(setup: Setup, learners: Sequence[Learner], slots: Sequence[int], at_once: int) -> list[Batch]:
+    """This process's batches of the learners' next step, those that go through the network together."""
     with record_function("data"):
-        data = [learner.at(learner.step) for learner in learners]
-        return [batch for part in passes(learners, slots, at_once) for batch in grouped(data, part)]
+        data, samples = [learner.at(learner.step) for learner in learners], setup.processes.part(in_order(learners, slots))
+        passes = (sorted(samples[start : start + at_once]) for start in range(0, len(samples), at_once))
+        return [batch for one in passes for batch in grouped(data, one)]
 
 
-def passes(learners: Sequence[Learner], slots: Sequence[int], at_once: int) -> Iterator[list[tuple[int, int]]]:
-    """A step's samples as (slot, number), those of one forward pass together: a batch of each learner, then the next of each."""
+def in_order(learners: Sequence[Learner], slots: Sequence[int]) -> list[tuple[int, int]]:
+    """A step's samples as (slot, number): a batch of each learner, then the next of each."""
     order = []
     for slot in slots:
         size = learners[slot].train.batch_size or 1
         order += [(i // size, slot, number) for i, number in enumerate(learners[slot].numbers)]
-    samples = [(slot, number) for _, slot, number in sorted(order)]
-    for start in range(0, len(samples), at_once):
-        yield sorted(samples[start : start + at_once])
+    return [(slot, number) for _, slot, number in sorted(order)]
 
 
 def scaled(each: Tensor, slot: Tensor, learners: Sequence[Learner]) -> Tensor:

@@ -87,9 +87,10 @@ def test_the_gpu_bench_runs_on_narrow_networks(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.slow
 def test_the_scale_bench_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert scale.main(["--pictures", "3", "--ranks", "2", "--drawn", "5", "--steps", "3"]) == 0
+    assert scale.main(["--pictures", "3", "--ranks", "2", "--drawn", "5", "--processes", "2", "--steps", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1:3] for line in lines if line.count("|") == 12][2:] == [[" 3 ", " 16 "], [" 3 ", " 2 "]]
+    assert any(line.startswith("| 2 | 1 | ") and line.endswith(" | 2.13 |") for line in lines)
     assert lines[-1].startswith("| 5 | ")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    "errors", "lookup", "settings", "randomness", "safeio", "lock", "stop", "events", "laps", "hub", "defaults", "config",
+    "errors", "lookup", "settings", "randomness", "safeio", "processes", "lock", "stop", "events", "laps", "hub", "defaults", "config",
     "quantise", "layers", "adapter", "lowrank", "fused", "compiled",
     "source", "original", "ldm", "vae", "family", "latent_diffusion", "objective",
     "optimizer", "captioner",
@@ -20,7 +20,7 @@ LAYERS = [
     "record", "queue", "charts", "plots", "report", "trackers",
     "train", "state", "validation", "diagnose", "studio", "judge", "preview", "priors", "estimate", "plan", "profiling",
     "course", "learners", "settling", "best", "export", "job", "search", "kinds", "average", "cast", "sweep", "sharing", "making", "fleet",
-    "api", "terminal", "verbs", "cli",
+    "api", "terminal", "verbs", "cli", "__main__",
 ]  # fmt: skip
 """Bottom up; a module imports only from modules before its own."""
 CHOICES = ("families", "adapters", "objectives", "optimizers", "captioners")

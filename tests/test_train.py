@@ -4,10 +4,11 @@ import dataclasses
 import json
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -47,6 +48,12 @@ def exact_noise(latents: Tensor, noise: Tensor, uniform: Tensor, alphas: Tensor,
     return epsilon.noise(latents, noise.to(latents.dtype), uniform, alphas.to(latents.dtype), config)
 
 
+def exactly(learners: Sequence[Learner], settings: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Let learners begin, with noise that is not rounded to fp32."""
+    for one in learners:
+        one.goal, one.train, one.step = Goal(exact_noise, one.goal.config), one.train.model_copy(update=settings), 0
+
+
 @dataclass
 class Cast:
     """Learners over one base, ready to be trained."""
@@ -59,9 +66,7 @@ class Cast:
 
     def train(self, accumulation: int = 1, batch_size: int = 2) -> dict[str, dict[str, Tensor]]:
         """Train to the end; the weights of each learner."""
-        settings = {"accumulation": accumulation, "batch_size": batch_size}
-        for one in self.learners:
-            one.goal, one.train, one.step = Goal(exact_noise, one.goal.config), one.train.model_copy(update=settings), 0
+        exactly(self.learners, {"accumulation": accumulation, "batch_size": batch_size})
         self.told = list(steps(Setup(self.loaded, self.bank, self.learners)))
         return {one.name: {name: p.detach().clone() for name, p in one.params.items()} for one in self.learners}
 

@@ -25,11 +25,13 @@ def latents(
     """Mean and standard deviation (C, h, w) of the latents of each picture's variants, float32, on the CPU.
 
     Each is encoded alone: in a batch its last bits would depend on which others were missing. Mirror images are encoded too: an encoder's
-    latents of one are not its latents mirrored. Raises `UserError` for a picture that is not what the scan saw.
+    latents of one are not its latents mirrored. Of several processes each encodes its own pictures, for all. Raises `UserError` for a
+    picture that is not what the scan saw.
     """
     encoder = _identity(family, ["vae"])
-    found = []
-    for item, some in zip(items, shown, strict=True):
+    found: dict[str, Tensor] = {}
+    for place in store.processes.dealt(len(items)):
+        item = items[place]
         try:
             picture = _as_seen(item, ground)
         except UnreadableError as error:
@@ -37,8 +39,14 @@ def latents(
                 hints.forget(other.path, store)
             what = f"this picture changed while the run was made ready ({error}), so that nothing said of it holds"
             raise UserError("E-DATA-10", what, item.path, "start again once nothing writes to the folder") from None
-        found.append([_encoded(item, variants.pixels(picture, one), encoder, family, store) for one in some])
-    return found
+        for number, one in enumerate(shown[place]):
+            mean, std = _encoded(item, variants.pixels(picture, one), encoder, family, store)
+            found |= {f"{place}/{number}/mean": mean, f"{place}/{number}/std": std}
+    found = store.processes.joined(found)
+    return [
+        [(found[f"{place}/{number}/mean"], found[f"{place}/{number}/std"]) for number in range(len(some))]
+        for place, some in enumerate(shown)
+    ]
 
 
 def _encoded(item: Item, pixels: Tensor, encoder: str, family: Family, store: Store) -> tuple[Tensor, Tensor]:
@@ -58,18 +66,20 @@ def _encoded(item: Item, pixels: Tensor, encoder: str, family: Family, store: St
 def states(tokens: Tensor, family: Family, store: Store) -> Tensor:
     """What the network is told for each row of tokens, (B, L) -> (B, S, D), on the CPU; only for text encoders that no adapter changes.
 
-    Each row is computed alone, so that its bits are the same whatever else is said.
+    Each row is computed alone, so that its bits are the same whatever else is said, and, of several processes, by one for all.
     """
     encoder = _identity(family, sorted(name for name in family.components if name.startswith("text_encoder")))
     made: dict[str, Tensor] = {}
     names = [f"{key(row, encoder)}.states" for row in tokens.cpu()]
-    for name, row in zip(names, tokens, strict=True):
-        if name not in made:
-            entry = _kept(store, name)
-            if entry is None:
-                entry = {"states": family.states(row[None])[0].cpu().contiguous()}
-                store.put(name, safetensors.torch.save(entry))
-            made[name] = entry["states"]
+    rows = list(dict(zip(names, tokens, strict=True)).items())
+    for place in store.processes.dealt(len(rows)):
+        name, row = rows[place]
+        entry = _kept(store, name)
+        if entry is None:
+            entry = {"states": family.states(row[None])[0].cpu().contiguous()}
+            store.put(name, safetensors.torch.save(entry))
+        made[name] = entry["states"]
+    made = store.processes.joined(made)
     return torch.stack([made[name] for name in names])
 
 

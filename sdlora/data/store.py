@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sdlora import safeio
 from sdlora.errors import UserError
+from sdlora.processes import ALONE, Processes
 
 PLACE, LIMIT = "SDLORA_CACHE", "SDLORA_CACHE_GB"
 USUAL_GB = 20.0
@@ -29,9 +30,12 @@ class Store:
     An entry never changes. It begins with a checksum over its name and content, so that one that is torn, damaged or misnamed is none.
     """
 
-    def __init__(self, folder: Path | None = None, limit_bytes: float = USUAL_GB * 1e9, note: str = "") -> None:
+    def __init__(
+        self, folder: Path | None = None, limit_bytes: float = USUAL_GB * 1e9, note: str = "", processes: Processes = ALONE
+    ) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
         self.note = note  # what the user should know of it: why it is not the usual one, or keeps no more
+        self.processes = processes  # those that share what is to be computed
         self._closed = False
         self._bytes: float | None = None  # in the folder, as far as this process knows
         self._counting = threading.Lock()
@@ -99,19 +103,19 @@ class Store:
         return left
 
 
-def usual(fallback: Path | None = None) -> Store:
+def usual(fallback: Path | None = None, processes: Processes = ALONE) -> Store:
     """The user's own store. Where it cannot be written to, one in the folder `fallback`, or one that keeps nothing; its note says so."""
     limit = _limit_bytes(os.environ)
     if limit == 0:
-        return Store()
+        return Store(processes=processes)
     try:
         folder = place(os.environ)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what it holds tells of the user's pictures
         with tempfile.TemporaryFile(dir=folder):
-            return Store(folder, limit)
+            return Store(folder, limit, processes=processes)
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         kept = f"what is computed is kept in {fallback} for this run alone" if fallback else "nothing that is computed is kept"
-        return Store(fallback, limit, f"the cache folder cannot be used ({error}); {kept}; name another folder with {PLACE}")
+        return Store(fallback, limit, f"the cache folder cannot be used ({error}); {kept}; name another folder with {PLACE}", processes)
 
 
 def place(environment: Mapping[str, str], platform: str = sys.platform) -> Path:

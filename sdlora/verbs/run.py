@@ -4,6 +4,8 @@ import dataclasses
 import json
 import shlex
 import signal
+from collections import deque
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ from sdlora.errors import UserError
 from sdlora.terminal import console, numbers, progress, say, show, shown_errors
 
 if TYPE_CHECKING:
-    from sdlora.api import Run
+    from sdlora.api import Event, Run, Stop
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="See what became of runs, and how one is going.")
 
@@ -127,6 +129,18 @@ def checked(run: Path) -> None:
 def told(event: dict[str, Any]) -> Any:
     """A line of the log in the form that the terminal shows."""
     return SimpleNamespace(**{"member": "", **event})
+
+
+def assisting(train: "Callable[[Stop], Iterator[Event]]") -> None:
+    """Take part, without a word, in what another process leads, tells and writes."""
+    from sdlora import api
+
+    stop = api.Stop()
+    try:
+        with stop.on_signals():
+            deque(train(stop), 0)
+    except KeyboardInterrupt as interrupted:
+        raise typer.Exit(getattr(interrupted, "exit_code", 130)) from None
 
 
 def casting(runs: "list[Run]", out: Path) -> None:
