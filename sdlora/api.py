@@ -48,12 +48,13 @@ from sdlora.generate import Recipe
 from sdlora.judge import Asking
 from sdlora.kinds import Wanted as KindsWanted
 from sdlora.kinds import find as find_kind
-from sdlora.making import compare_packs, merge_packs, pack_spectrum, resize_pack
+from sdlora.making import bake_packs, compare_packs, extract_pack, merge_packs, pack_spectrum, resize_pack
 from sdlora.packs import bundle
 from sdlora.packs.card import about as about_pack
 from sdlora.packs.card import rows as about_rows
 from sdlora.packs.pipelines import Applied, Pack
 from sdlora.packs.readers import Reading
+from sdlora.packs.workshop import Budget
 from sdlora.processes import leads
 from sdlora.queue import Entry, take_out
 from sdlora.queue import entries as queued
@@ -79,6 +80,7 @@ from sdlora.studio import Studio, parse_pack, parse_scale
 __all__ = [
     "Applied",
     "Asking",
+    "Budget",
     "Captioning",
     "Edit",
     "Entry",
@@ -98,6 +100,7 @@ __all__ = [
     "about_rows",
     "ask",
     "average_run",
+    "bake_packs",
     "bundle_pack",
     "caption_folder",
     "captioners",
@@ -114,6 +117,7 @@ __all__ = [
     "edit_pack",
     "enqueue",
     "events",
+    "extract_pack",
     "find_best",
     "find_dimension",
     "find_kind",

@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 
 from sdlora import hub
 from sdlora.errors import UserError
-from sdlora.source import WHOLE, Source, check_complete, check_precision, header, precisions
+from sdlora.source import WHOLE, Place, Source, check_complete, check_precision, header, precisions
 
 UNET, HEAD, GROUPS = "model.diffusion_model.", 64, 32
 """Where the UNet lies; the width of an attention head, and the groups of a normalisation, which no tensor's shape tells."""
@@ -63,13 +63,28 @@ class SingleFile(Source):
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    def places(self, part: str) -> dict[str, Place]:
+        """The converters are shown tensors that hold nothing but their own number, and then ones that hold their rows' numbers."""
+        config, start = self.config(part), self._place(part)
+        names = [name for name in self.shapes if name.startswith(start)]
+        numbers = {name: torch.tensor(float(i)).expand(self.shapes[name]) for i, name in enumerate(names)}
+        found = {}
+        held = self._named(part, config, nested=True, tensors={name: _rows(self.shapes[name]) for name in names})
+        for name, number in self._named(part, config, nested=True, tensors=numbers).items():
+            tensor, marks = names[int(number.flatten()[0])], held[name]
+            turned = marks.ndim > 1 and marks.shape[1] > 1 and bool(marks.flatten(1)[0, 0] != marks.flatten(1)[0, 1])
+            rows = (int(marks.min()), int(marks.max()) + 1)
+            found[name] = Place(self.path, tensor, rows, turned)
+        return found
+
     def model(self, kind: Any, part: str, dtype: DType) -> Any:
         config = self.config(part)
         check_precision(part, self.path, self.precision(part))
         with init_empty_weights(include_buffers=False):
             model = kind(kind.config_class(**config)) if part.startswith("text") else kind.from_config(config)
         wanted = model.state_dict()
-        found = {name: tensor for name, tensor in self._weights(part, config, hasattr(model, "text_model")).items() if name in wanted}
+        named = self._named(part, config, hasattr(model, "text_model"), self._tensors(self._place(part)))
+        found = {name: tensor for name, tensor in named.items() if name in wanted}
         check_complete(part, self.path, [name for name in wanted if name not in found])
         other = next((name for name, tensor in found.items() if tensor.shape != wanted[name].shape), None)
         if other:
@@ -111,17 +126,16 @@ class SingleFile(Source):
         with safe_open(self.path, "pt") as file:
             return {name: file.get_tensor(name) for name in names}
 
-    def _weights(self, part: str, config: dict[str, Any], nested: bool) -> dict[str, torch.Tensor]:
+    def _named(self, part: str, config: dict[str, Any], nested: bool, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A component's tensors under diffusers' names."""
         found: dict[str, torch.Tensor]
         if part == "unet":
-            found = single_file_utils.convert_ldm_unet_checkpoint(self._tensors(UNET), config)
+            found = single_file_utils.convert_ldm_unet_checkpoint(tensors, config)
             return found
         if part == "vae":
-            found = single_file_utils.convert_ldm_vae_checkpoint(self._tensors(VAE), config)
+            found = single_file_utils.convert_ldm_vae_checkpoint(tensors, config)
             return found
         place = self._place(part)
-        tensors = self._tensors(place)
         if place in OPEN_CLIP:
             width = nn.Module()
             width.config = _Width(config["hidden_size"])  # type: ignore[assignment]
@@ -237,6 +251,11 @@ class SingleFile(Source):
             "eos_token_id": vocabulary - 1,
             "pad_token_id": 0 if place in OPEN_CLIP else vocabulary - 1,
         }
+
+
+def _rows(shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of this shape whose every element is the number of its row."""
+    return torch.arange(float(shape[0] if shape else 1)).view(-1, *[1] * (len(shape) - 1)).expand(shape) if shape else torch.zeros(())
 
 
 class _Width:

@@ -36,7 +36,7 @@ def plot(title: str, across: str, upward: str, curves: Sequence[Curve], log_acro
     draw.text((LEFT * FINE, 14 * FINE), title, INK, font)
     _axes(draw, font, frame, across, upward)
     for i, curve in enumerate(shown):
-        _drawn(draw, font, frame, curve, COLOURS[i % len(COLOURS)])
+        _drawn(draw, font, frame, curve, COLOURS[i % len(COLOURS)], dots=len(shown) <= len(COLOURS))
     _legend(draw, font, [curve.label for curve in shown])
     return paper.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 
@@ -88,11 +88,13 @@ def _axes(draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeT
     draw.text((LEFT * FINE, (TOP - 12) * FINE), upward, FAINT, font, anchor="lm")
 
 
-def _drawn(draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, frame: _Frame, curve: Curve, colour: str) -> None:
+def _drawn(
+    draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, frame: _Frame, curve: Curve, colour: str, dots: bool
+) -> None:
     spots = [frame.at(x, y) for x, y in curve.points]
     if curve.joined and len(spots) > 1:
-        draw.line(spots, colour, 2 * FINE, joint="curve")
-    if len(spots) <= 60:
+        draw.line(spots, colour, 2 * FINE if dots else FINE, joint="curve")
+    if (dots or not curve.joined) and len(spots) <= 60:
         for x, y in spots:
             draw.ellipse((x - 4 * FINE, y - 4 * FINE, x + 4 * FINE, y + 4 * FINE), colour, PAPER, FINE)
     for (x, y), name in zip(spots, curve.names, strict=False):

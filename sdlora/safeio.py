@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -72,8 +73,9 @@ def using(disk: Disk) -> Iterator[None]:
         DISK.reset(token)
 
 
-def write(path: Path, content: bytes | str, durable: bool = True) -> None:
-    """Put `content` at `path`, atomically and durably; makes the parent folders. Raises `UserError` when the disk refuses.
+def write(path: Path, content: bytes | str | Iterable[bytes], durable: bool = True) -> None:
+    """Put `content`, whole or piece by piece, at `path`, atomically and durably; makes the parent folders. Raises `UserError` when the
+    disk refuses.
 
     Only what carries a checksum and can be made again, as a cache's entries, does without durability, which takes milliseconds a file.
     """
@@ -94,8 +96,8 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     write_tree(path, [*files.items(), ("manifest.json", _manifest(files))])
 
 
-def write_tree(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    """Put a new folder at `path` holding `files` by name, which may lie in subfolders; of an iterator one file at a time is held."""
+def write_tree(path: Path, files: Iterable[tuple[str, bytes | Iterable[bytes]]]) -> None:
+    """Put a new folder at `path` holding `files` by name, which may lie in subfolders; of iterators one piece at a time is held."""
     disk, temporary = DISK.get(), _beside(path)
     try:
         make_folders(path.parent)
@@ -185,6 +187,15 @@ def refused(error: OSError, path: Path) -> UserError:
     return UserError("E-DISK-02", f"cannot write here: {reason}; nothing was half-written", path, "choose another place with --out")
 
 
+def check_room(path: Path, size: int) -> None:
+    """Raise `UserError` where the disk has no room for so many bytes at a path."""
+    there = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+    free = shutil.disk_usage(there).free
+    if free < size:
+        what = f"{size / 1e9:.1f} GB are needed here and {free / 1e9:.1f} GB are free; nothing was written"
+        raise UserError("E-DISK-01", what, path, "free some space, or choose another place with --out", RESOURCES)
+
+
 def _beside(path: Path) -> Path:
     """A name that no other writer has: process ids alone are shared by containers that share a disk."""
     return path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
@@ -202,9 +213,10 @@ def _discard(path: Path) -> None:
             disk.rmdir(path)
 
 
-def _write_through(path: Path, content: bytes, durable: bool = True) -> None:
+def _write_through(path: Path, content: bytes | Iterable[bytes], durable: bool = True) -> None:
     disk = DISK.get()
     with disk.create(path) as file:
-        disk.write(file, content)
+        for piece in [content] if isinstance(content, bytes) else content:
+            disk.write(file, piece)
         if durable:
             disk.sync(file)

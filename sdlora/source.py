@@ -5,11 +5,12 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
 from torch import dtype as DType
-from torch import nn
 from transformers import CLIPTokenizer
 
 from sdlora.errors import UserError
@@ -26,6 +27,29 @@ INDEX = "model_index.json"
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 WEIGHTS = re.compile(r"[A-Za-z_]+(\.fp16)?(-\d+-of-\d+)?\.safetensors")
 """Names of weight files, in full precision or half of it; whatever else lies beside them (`non_ema`, other formats) is not needed."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a base's files keep a weight: a tensor, or some of its rows, or a tensor with its axes exchanged."""
+
+    file: Path
+    tensor: str
+    rows: tuple[int, int] | None = None
+    turned: bool = False
+
+    def put(self, held: Tensor, weight: Tensor) -> None:
+        """Write a weight, as the network has it, into the tensor that the file holds, in that one's number format."""
+        target = self._part(held)
+        target.copy_((weight.t() if self.turned else weight).reshape(target.shape))
+
+    def get(self, held: Tensor, shape: Sequence[int]) -> Tensor:
+        """The weight in its shape in the network, of the tensor that the file holds."""
+        part = self._part(held)
+        return (part.t() if self.turned else part).reshape(*shape)
+
+    def _part(self, held: Tensor) -> Tensor:
+        return held if self.rows is None else held[self.rows[0] : self.rows[1]]
 
 
 class Source(ABC):
@@ -52,6 +76,10 @@ class Source(ABC):
     @abstractmethod
     def tokenizer(self, part: str) -> CLIPTokenizer:
         """A tokenizer, `tokenizer` or `tokenizer_2`."""
+
+    @abstractmethod
+    def places(self, part: str) -> dict[str, Place]:
+        """Where each tensor of a component lies, by its name in the network; `text_model.` may be missing before it."""
 
     @abstractmethod
     def says_prediction(self) -> bool:
@@ -105,6 +133,9 @@ class Folder(Source):
 
     def precision(self, part: str) -> list[str]:
         return precisions(one for path in self._files(part) for one in header(path)[0].values())
+
+    def places(self, part: str) -> dict[str, Place]:
+        return {name: Place(path, name) for path in self._files(part) for name in header(path)[0]}
 
     def says_prediction(self) -> bool:
         return "prediction_type" in self.config("scheduler")

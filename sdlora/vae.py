@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 from sdlora import hub
 from sdlora.errors import UserError
 from sdlora.ldm import VAE, SingleFile
-from sdlora.source import CONVERT, INDEX, PICKLES, Folder, Source, header, needed, only_pickled, read_json
+from sdlora.source import CONVERT, INDEX, PICKLES, Folder, Place, Source, header, needed, only_pickled, read_json
 
 PART, CONFIG = "vae", "config.json"
 SETTING = "use an autoencoder that was made for this base, or leave the setting out"
@@ -68,6 +68,9 @@ class Exchanged(Source):
 
     def precision(self, part: str) -> list[str]:
         return self._of(part).precision(part)
+
+    def places(self, part: str) -> dict[str, Place]:
+        return self._of(part).places(part)
 
     def model(self, kind: Any, part: str, dtype: DType) -> Any:
         return self._of(part).model(kind, part, dtype)

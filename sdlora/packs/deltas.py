@@ -1,16 +1,19 @@
 """What a pack adds to each weight, float64: as two factors where it has them, so that no large matrix is ever decomposed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
 import torch
 from torch import Tensor
 
+from sdlora.adapter import Bank
 from sdlora.errors import UserError
+from sdlora.family import Family
+from sdlora.lowrank import Factors
 from sdlora.packs import convert, keys
 from sdlora.packs.convert import MID
-from sdlora.packs.file import Pack
+from sdlora.packs.file import Pack, attach
 from sdlora.packs.layouts import DOWN, UP
 
 Shape = tuple[int, ...]
@@ -89,7 +92,7 @@ def of(pack: Pack) -> dict[str, Change]:
     for module, leaves in keys.by_module(pack.tensors).items():
         if not module.startswith("lora_"):
             what = f"{module} is not in kohya's layout"
-            raise UserError("E-SHOP-02", what, pack.name, "convert it first (sdlora convert)")
+            raise UserError("E-SHOP-02", what, pack.name, "name its base with --base, or convert it first (sdlora pack convert)")
         named = set(leaves)
         if {DOWN, UP} <= named <= {DOWN, UP, MID, "alpha"}:
             found[module] = _lora(leaves)
@@ -97,8 +100,34 @@ def of(pack: Pack) -> dict[str, Change]:
             found[module] = Change(tuple(leaves["diff"].shape), whole=leaves["diff"].double().flatten(1))
         else:
             what = f"what {module} adds is told only beside its base's weight ({', '.join(sorted(named))})"
-            raise UserError("E-SHOP-03", what, pack.name, "take packs of LoRA, or of full differences")
+            raise UserError("E-SHOP-03", what, pack.name, "name its base with --base")
     return found
+
+
+def beside(pack: Pack, family: Family) -> dict[str, Change]:
+    """By full layer name, of a pack in any layout and of any kind that is a change of weights, with its base at hand."""
+    bank = Bank(family.components)
+    attach(pack, "pack", bank, family)
+    try:
+        found = {}
+        for dotted, layer, delta in bank.deltas("pack"):
+            change = delta.merged(layer)
+            if change is None:
+                what = f"what this pack does at {dotted} is no change of its weight"
+                raise UserError("E-SHOP-04", what, pack.name, "take a pack of another kind: words, prefixes and bottlenecks stay adapters")
+            if isinstance(delta, Factors) and delta.leaves == Factors.leaves:
+                up, down = delta.up.detach().double().flatten(1), delta.down.detach().double().flatten(1)
+                found[dotted] = Change(tuple(change.shape), up * delta.scale, down)
+            else:
+                found[dotted] = Change(tuple(change.shape), whole=change.double().flatten(1))
+        return found
+    finally:
+        bank.eject()
+
+
+def named(changes: Mapping[str, Change], family: Family) -> dict[str, Change]:
+    """By pack module, of changes that are given by layer."""
+    return {keys.module_name(dotted, family.prefixes): change for dotted, change in changes.items()}
 
 
 def _lora(leaves: dict[str, Tensor]) -> Change:

@@ -46,23 +46,27 @@ class Facts:
 
 def describe(run: Run, family: Family, facts: Facts, sha256: str) -> dict[str, str]:
     """The header of a pack for a resolved run; every value is a string, as the format wants it."""
-    weights = family.base.fingerprint("unet")
+    return dict(sorted({**of_base(family), **of_run(run, family.base.name, facts, sha256)}.items()))
+
+
+def of_base(family: Family) -> dict[str, str]:
+    """What a pack says of its base."""
+    base, weights = family.base, family.base.fingerprint("unet")
     fields = {
         **family.architecture(),
-        **of_run(run, family.base.name, facts, sha256),
-        "ss_sd_model_name": family.base.name,
-        "sdlora.base": family.base.name,
+        "ss_sd_model_name": base.name,
+        "sdlora.base": base.name,
         "sdlora.base_unet_sha256": weights,
-        "sdlora.prediction": family.base.prediction,
+        "sdlora.prediction": base.prediction,
         "sdlora.zero_terminal_snr": str(float(family.alphas_cumprod[-1]) < 1e-6),
     }
-    if family.base.revision:
-        fields["sdlora.base_revision"] = family.base.revision
-    if family.base.vae:
-        fields |= {"ss_vae_name": family.base.vae, "sdlora.vae": family.base.vae, "sdlora.vae_sha256": family.base.fingerprint("vae")}
-    if family.base.source.path.is_file():
+    if base.revision:
+        fields["sdlora.base_revision"] = base.revision
+    if base.vae:
+        fields |= {"ss_vae_name": base.vae, "sdlora.vae": base.vae, "sdlora.vae_sha256": base.fingerprint("vae")}
+    if base.source.path.is_file():
         fields["ss_new_sd_model_hash"] = weights
-    return dict(sorted(fields.items()))
+    return fields
 
 
 def of_run(run: Run, base: str, facts: Facts, sha256: str = "") -> dict[str, str]:

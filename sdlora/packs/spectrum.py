@@ -20,17 +20,19 @@ class Spectrum:
     effective: float  # rank by entropy, exp(-Σ p ln p) with p = σ / Σ σ (Roy and Vetterli 2007, equation 4)
     stable: float  # Σ σ² / max σ²
     needed: int  # the least rank that keeps 95 % of the energy
+    intruders: list[int] | None = None  # which of the changed weight's first directions are new to it; None: its base is not known
 
 
-def spectrum(module: str, change: Change) -> Spectrum:
-    """See `Spectrum`; all of it is 0 for a ΔW of zero, but for the rank that is needed, 1."""
+def spectrum(module: str, change: Change, weight: Tensor | None = None) -> Spectrum:
+    """See `Spectrum`; all of it is 0 for a ΔW of zero, but for the rank that is needed, 1. The layer's weight is (out, in·k·k)."""
     values = change.svd()[1]
+    new = None if weight is None else intruders(weight, change.matrix())
     if not float(values[0]):
-        return Spectrum(module, values.tolist(), 0.0, 0.0, 1)
+        return Spectrum(module, values.tolist(), 0.0, 0.0, 1, new)
     shares = values / values.sum()
     entropy = -torch.special.xlogy(shares, shares).sum()
     stable = values.square().sum() / values[0].square()
-    return Spectrum(module, values.tolist(), float(entropy.exp()), float(stable), rank_for(values, 0.95))
+    return Spectrum(module, values.tolist(), float(entropy.exp()), float(stable), rank_for(values, 0.95), new)
 
 
 def advised(found: Sequence[Spectrum], share: float = 0.9) -> int:

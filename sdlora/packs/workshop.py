@@ -173,13 +173,15 @@ def compared(a: tuple[str, Changes], b: tuple[str, Changes]) -> list[Difference]
     return alone + sorted(found, key=lambda one: -(one.relative or 0.0))
 
 
-def merge(packs: Sequence[tuple[Pack, float]], out: Path, how: How = "concat", budget: Budget | None = None) -> Cost:
-    """Write the weighted sum of packs as one; the header says of what."""
+def merge(
+    packs: Sequence[tuple[Pack, float]], changes: Sequence[Changes], out: Path, how: How = "concat", budget: Budget | None = None
+) -> Cost:
+    """Write the weighted sum of packs, each with what it changes, as one; the header says of what."""
     if not packs:
         raise UserError("E-SHOP-09", "there is nothing to merge", "packs", "name packs")
     if len({pack.metadata.get("ss_base_model_version", "") for pack, _ in packs} - {""}) > 1:
         raise UserError("E-SHOP-06", "these packs are of different families of models", "packs", "merge packs of one family of models")
-    wanted = combined([(deltas.of(pack), scale) for pack, scale in packs])
+    wanted = combined([(own, scale) for own, (_, scale) in zip(changes, packs, strict=True)])
     triggers = list(dict.fromkeys(pack.trigger for pack, _ in packs if pack.trigger))
     said = {"sdlora.merged": "; ".join(f"{pack.name}:{scale:g} sha256 {pack.sha256}" for pack, scale in packs)}
     if triggers:
@@ -187,9 +189,8 @@ def merge(packs: Sequence[tuple[Pack, float]], out: Path, how: How = "concat", b
     return write(out, packs[0][0], wanted, made(wanted, how, budget), said)
 
 
-def resize(pack: Pack, out: Path, budget: Budget) -> Cost:
-    """Write a pack at the least ranks that keep to the budget; its recommended scale stays."""
-    wanted = deltas.of(pack)
+def resize(pack: Pack, wanted: Changes, out: Path, budget: Budget) -> Cost:
+    """Write what a pack changes at the least ranks that keep to the budget; its recommended scale stays."""
     said = {"sdlora.resized": f"{pack.name} sha256 {pack.sha256}", "sdlora.recommended_scale": str(pack.recommended_scale)}
     return write(out, pack, wanted, made(wanted, "svd", budget), said)
 

@@ -1,9 +1,9 @@
-"""`sdlora pack merge, average, resize, diff, spectrum`: packs made of packs."""
+"""`sdlora pack merge, average, resize, bake, extract, diff, spectrum`: packs made of packs and of bases."""
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Optional, Protocol
 
 import typer
 from rich.table import Table
@@ -16,20 +16,39 @@ __all__ = ["app"]
 
 Out = Annotated[Path, typer.Option(help="pack to write", metavar="F.safetensors")]
 Rank = Annotated[Optional[int], typer.Option(help="greatest rank", min=1)]
+Energy = Annotated[Optional[float], typer.Option(help="share of the squared singular values to keep in each layer")]
+Error = Annotated[Optional[float], typer.Option(help="greatest relative error of each layer")]
+Base = Annotated[str, typer.Option(help="their base: takes packs of any layout and kind, and compares pictures", metavar="BASE")]
+Packs = Annotated[list[str], typer.Argument(help="packs, each with its scale", metavar="PACK[:SCALE]...")]
+Pictures = Annotated[bool, typer.Option(help="compare pictures, too")]
+
+
+def tell(what: object, cost: "Line", pictures: "Line | None") -> None:
+    """Say what was written and what it cost."""
+    say(f"{what}: {cost.line()}")
+    if pictures:
+        say(pictures.line())
+
+
+class Line(Protocol):
+    """What says itself in a line."""
+
+    def line(self) -> str: ...
 
 
 @app.command()
 def merge(
-    packs: Annotated[list[str], typer.Argument(help="packs, each with its scale", metavar="PACK[:SCALE]...")],
+    packs: Packs,
     out: Out,
     how: Annotated[str, typer.Option(help="concat: exact, ranks add; svd: to --rank; sum: exact, full matrices")] = "concat",
     rank: Rank = None,
+    base: Base = "",
 ) -> None:
     """Make one pack of several, whose effect is the weighted sum of theirs, and say what that cost."""
     with shown_errors():
         from sdlora import api
 
-        say(f"{out}: {api.merge_packs(packs, out, how, rank).line()}")
+        tell(out, *api.merge_packs(packs, out, how, rank, base))
 
 
 @app.command()
@@ -37,13 +56,14 @@ def average(
     packs: Annotated[list[Path], typer.Argument(help="packs", metavar="PACK...")],
     out: Out,
     rank: Rank = None,
+    base: Base = "",
 ) -> None:
     """Make one pack whose effect is the mean of theirs; exact without --rank."""
     with shown_errors():
         from sdlora import api
 
         share = 1 / len(packs)
-        say(f"{out}: {api.merge_packs([f'{pack}:{share!r}' for pack in packs], out, 'svd' if rank else 'concat', rank).line()}")
+        tell(out, *api.merge_packs([f"{pack}:{share!r}" for pack in packs], out, "svd" if rank else "concat", rank, base))
 
 
 @app.command()
@@ -51,24 +71,60 @@ def resize(
     pack: File,
     out: Out,
     rank: Rank = None,
-    energy: Annotated[Optional[float], typer.Option(help="share of the squared singular values to keep in each layer")] = None,
-    error: Annotated[Optional[float], typer.Option(help="greatest relative error of each layer")] = None,
+    energy: Energy = None,
+    error: Error = None,
+    base: Base = "",
 ) -> None:
     """Write a pack at lower ranks, the best that they allow, and say what is lost."""
     with shown_errors():
         from sdlora import api
 
         say(f"{pack}: {pack.stat().st_size / 2**20:.2f} MiB" if pack.is_file() else str(pack))
-        say(f"{out}: {api.resize_pack(pack, out, rank, energy, error).line()}")
+        tell(out, *api.resize_pack(pack, out, rank, energy, error, base))
 
 
 @app.command()
-def diff(a: File, b: File, most: Annotated[int, typer.Option(help="rows to show", min=1)] = 30, as_json: Json = False) -> None:
+def bake(
+    packs: Packs,
+    base: Annotated[str, typer.Option(help="the base: tiny, a folder, a .safetensors file, or a hub id", metavar="BASE")],
+    out: Annotated[Path, typer.Option(help="folder, or .safetensors file where the base is one, to write")],
+    pictures: Pictures = True,
+) -> None:
+    """Write a copy of a base with packs in its weights, and say what rounding cost."""
+    with shown_errors():
+        from sdlora import api
+
+        tell(out, *api.bake_packs(packs, base, out, pictures))
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Option(help="what was there before: tiny, a folder, a .safetensors file, or a hub id", metavar="BASE")],
+    tuned: Annotated[str, typer.Option(help="and what was trained from it", metavar="BASE")],
+    out: Out,
+    rank: Rank = None,
+    energy: Energy = None,
+    error: Error = None,
+    pictures: Pictures = True,
+) -> None:
+    """Write what one base has over another as a pack, and say what is not in it."""
+    with shown_errors():
+        from sdlora import api
+
+        tell(out, *api.extract_pack(base, tuned, out, api.Budget(rank, energy, error), pictures))
+
+
+@app.command()
+def diff(
+    a: File, b: File, most: Annotated[int, typer.Option(help="rows to show", min=1)] = 30, base: Base = "", as_json: Json = False
+) -> None:
     """Compare what two packs add, layer by layer, the most different first."""
     with shown_errors():
         from sdlora import api
 
-        found = api.compare_packs(a, b)
+        found, pictures = api.compare_packs(a, b, base)
+        if pictures and not as_json:
+            say(pictures.line())
         if as_json:
             typer.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=1))
             return
@@ -86,19 +142,22 @@ def diff(a: File, b: File, most: Annotated[int, typer.Option(help="rows to show"
 def spectrum(
     pack: File,
     out: Annotated[Optional[Path], typer.Option(help="picture of the curves to write", metavar="F.png")] = None,
+    base: Annotated[str, typer.Option(help="its base: also finds intruder dimensions", metavar="BASE")] = "",
     as_json: Json = False,
 ) -> None:
     """Show how many directions a pack uses in each layer, and advise a rank."""
     with shown_errors():
         from sdlora import api
 
-        found, advice = api.pack_spectrum(pack, out)
+        found, advice = api.pack_spectrum(pack, out, base)
         if as_json:
             typer.echo(json.dumps({"advised_rank": advice, "modules": [dataclasses.asdict(one) for one in found]}, indent=1))
             return
-        table = Table("module", "rank", "effective", "stable", "for 95 %", box=None, pad_edge=False, header_style="bold")
+        intruding = ["intruders"] if base else []
+        table = Table("module", "rank", "effective", "stable", "for 95 %", *intruding, box=None, pad_edge=False, header_style="bold")
         for one in found:
             cells = (str(len(one.values)), f"{one.effective:.2f}", f"{one.stable:.2f}", str(one.needed))
-            table.add_row(Text(one.module, overflow="fold"), *cells)
+            new = [" ".join(map(str, one.intruders or ())) or "none"] if base else []
+            table.add_row(Text(one.module, overflow="fold"), *cells, *new)
         console().print(table)
         say(f"rank {advice} keeps 95 % of the energy in nine of ten layers")
