@@ -271,7 +271,7 @@ def bundle_pack(source: Path, out: Path) -> list[str]:
 
 def open_studio(packs: Sequence[Pack] = (), base: str = "", vae: str = "", partial: bool = False) -> Studio:
     """Load a base (by default the first pack's own, else `tiny`) and put the packs on it, in order, all at scale 0; of those that fit in
-    part what fits, where `partial` allows it (`Studio.partly` says what).
+    part what fits, where `partial` allows it (`Studio.remarks` says what).
 
     Pictures are decoded by the base's own autoencoder, whatever a pack was trained with, unless one is named.
     """

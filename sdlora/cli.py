@@ -269,7 +269,7 @@ def opened(packs: list[str], base: str, scale: str, vae: str, partial: bool = Fa
     parsed = [api.parse_pack(text) for text in packs]
     read = [api.open_pack(path) for path, _ in parsed]
     studio = api.open_studio(read, base, vae, partial)
-    for line in studio.partly():
+    for line in studio.remarks():
         say(f"warning: {line}", error=True)
     for name in studio.otherwise_read():
         say(f"warning: {name} was trained with other settings of text than the first pack, as which prompts are read", error=True)

@@ -224,6 +224,9 @@ class Packing(Settings):
     layouts: Annotated[list[Literal["kohya", "diffusers"]], Field(min_length=1)] = Field(default=["kohya"])
     """Layouts of the pack: kohya, which all programs open, and diffusers, which holds LoRA alone. Each after the first is a file of its
     own, `NAME.LAYOUT.safetensors`."""
+    embeddings_inside: bool = False
+    """Whether embeddings of the trigger that were learnt lie in the pack as `bundle_emb`, too, and not only in its header and beside it:
+    AUTOMATIC1111 takes them from there, and diffusers refuses such a pack."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Precision of the pack's weights; fp16 is read everywhere. Factors are scaled against one another before small numbers are lost."""
 

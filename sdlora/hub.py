@@ -41,6 +41,18 @@ def listed(name: str) -> list[str]:
         return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
+def sizes(name: str) -> dict[str, int]:
+    """Bytes of each file of a model; nothing where the hub cannot be asked, and so nothing can be downloaded."""
+    from huggingface_hub import HfApi
+
+    place, _, revision = name.partition("@")
+    try:
+        found = HfApi().model_info(place, revision=revision or None, files_metadata=True).siblings or []
+    except Exception:  # the download will say why
+        return {}
+    return {one.rfilename: one.size or 0 for one in found}
+
+
 def download(name: str, files: Sequence[str]) -> Path:
     """The folder that holds those files of a model, which may be patterns; it is called by the revision. Raises `UnreachableError`."""
     from huggingface_hub import snapshot_download

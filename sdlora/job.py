@@ -261,14 +261,16 @@ def finish(member: Member, studio: Studio) -> Iterator[Event]:
         len(shown), step, job.began, time.time(), job.dataset.buckets, thumbnail, hidden, regularisation=kept, scale=scale
     )
     path = job.out / f"{settled.name}.safetensors"
-    for layout, tensors in member.files.items():
+    inversion = words.inversion(next(iter(member.files.values())), studio.family)
+    inside = words.bundled(inversion, settled.trigger) if settled.pack.embeddings_inside else {}
+    for layout, own in member.files.items():
+        tensors = own | inside
         place = path if layout == settled.pack.layouts[0] else path.with_name(f"{settled.name}.{layout}.safetensors")
         describe, told = export.describing(settled, studio.family, tensors, facts)
         yield from told
         yield from patiently(partial(file.save, place, tensors, describe), stop)
-    inversion = words.inversion(next(iter(member.files.values())), studio.family)
     if inversion:
-        beside = path.with_name(f"{settled.name}-embedding.safetensors")
+        beside = path.with_name(f"{settled.name}{words.BESIDE}")
         safeio.write(beside, safetensors.torch.save(inversion))
         yield Event("note", f"the embeddings of the trigger, for other programs: {beside}")
     yield Event("done", str(path), step=step, data={"seconds": round(time.time() - job.began, 1), **data})

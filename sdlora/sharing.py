@@ -84,7 +84,7 @@ def bundled(source: Path) -> dict[str, bytes]:
     """The files of a bundle of a run's pack, or of a pack; the pictures of the run that it lies in go along."""
     path = source
     if source.is_dir():
-        found = sorted(source.glob("*.safetensors"))
+        found = [source / name for name in bundle.packs({one.name: b"" for one in sorted(source.glob("*.safetensors"))})]
         if len(found) != 1:
             raise UserError("E-RUN-04", f"{len(found)} packs lie in this folder", source, "name the .safetensors file")
         path = found[0]

@@ -43,7 +43,7 @@ class Studio:
 
     def add(self, pack: file.Pack, partial: bool = False) -> str:
         """Put a pack on the base, off until a recipe names it; returns the name it goes by. One that fits in part is refused, or named by
-        `partly` where `partial` allows it.
+        `remarks` where `partial` allows it.
 
         The first one also says how prompts are read, and what the base predicts if its files do not.
         """
@@ -60,9 +60,10 @@ class Studio:
         """The packs that were trained on prompts read in another way than they are here."""
         return [name for name, pack in self.packs.items() if pack.reading not in (None, self.family.base.text)]
 
-    def partly(self) -> list[str]:
-        """A line for each pack of which not all acts: how much of it, and what does not, by name."""
-        return [f"{name} acts only in part: {report.count()}" for name, report in self.reports.items() if not report.complete]
+    def remarks(self) -> list[str]:
+        """What of the packs is to be known: which act only in part, how much of them, and what may surprise."""
+        said = [f"{name} acts only in part: {report.count()}" for name, report in self.reports.items() if not report.complete]
+        return said + [f"{name}: {note}" for name, report in self.reports.items() for note in report.notes]
 
     def remove(self, name: str) -> None:
         self.bank.remove(name)

@@ -29,6 +29,7 @@ LATE_IMPORTS = {
     ("sdlora.hub", "download"),
     ("sdlora.hub", "kept"),
     ("sdlora.hub", "listed"),
+    ("sdlora.hub", "sizes"),
     ("sdlora.hub", "upload"),
     ("sdlora.config", "_is_a_colour"),
     ("sdlora.config", "_are_known"),

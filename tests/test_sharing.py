@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,9 +101,10 @@ TELLING = {  # of each setting of a pack: another value, and the field that show
     "thumbnail": (False, "modelspec.thumbnail"),
     "force": (True, "sdlora.warnings"),
 }
+"""Layouts, precision and embeddings show in the tensors: test_writing and test_words."""
 
 
-@pytest.mark.parametrize("name", sorted(Packing.model_fields.keys() - {"layouts", "dtype"}))  # of those test_writing tells
+@pytest.mark.parametrize("name", sorted(Packing.model_fields.keys() - {"layouts", "dtype", "embeddings_inside"}))
 def test_every_setting_of_a_pack_shows_in_its_header(name: str, loaded: family.Family, base: Path, pictures: Path) -> None:
     value, key = TELLING[name]
     hidden = Secrets(tags={"1_pictures": {"ball": 1}})
@@ -510,6 +512,50 @@ def test_a_pack_comes_from_the_hub_at_a_revision(bundled: dict[str, bytes], tmp_
     assert not (tmp_path / "out" / "mira.safetensors").is_symlink()
 
 
+def test_what_is_too_large_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Large:
+        size = 9 * 2**30
+
+        def model_info(self, _: str, **rest: Any) -> Any:
+            assert rest["files_metadata"]
+            rows = [SimpleNamespace(rfilename="mira.safetensors", size=self.size), SimpleNamespace(rfilename="other.bin", size=2**50)]
+            return SimpleNamespace(siblings=rows)
+
+    asked: list[str] = []
+
+    def download(name: str, _: Any) -> Path:
+        asked.append(name)
+        raise hub.UnreachableError("asked")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Large)
+    monkeypatch.setattr(hub, "download", download)
+    with pytest.raises(UserError, match=r"E-PACK-12.*9\.7 GB would be downloaded"):
+        api.take_pack("owner/mira", tmp_path / "out")
+    assert asked == []
+    monkeypatch.setattr(Large, "size", 2**20)
+    with pytest.raises(UserError, match="E-PACK-02"):
+        api.take_pack("owner/mira", tmp_path / "out")
+    assert asked == ["owner/mira"], "the control: what is small enough is asked for, whatever else lies there"
+
+
+def test_a_header_that_is_older_than_the_tensors(base: Path, made: Path, tmp_path: Path) -> None:
+    """Ours: damaged. Another program's: taken, and said."""
+    pack = file.load(made)
+    tensors = {key: tensor * (1 if key.endswith("alpha") else 0.5) for key, tensor in pack.tensors.items()}
+    for ours in (True, False):
+        said = {key: value for key, value in pack.metadata.items() if ours or not key.startswith("sdlora.")}
+        safetensors.torch.save_file(tensors, tmp_path / "changed.safetensors", said)
+        if ours:
+            with pytest.raises(UserError, match="E-PACK-30"):
+                file.load(tmp_path / "changed.safetensors")
+    changed = file.load(tmp_path / "changed.safetensors")
+    assert changed.is_stale
+    assert not pack.is_stale
+    drawn = call("generate", tmp_path / "changed.safetensors", "--base", base, "--prompt", "a", "--steps", 1, "--out", tmp_path / "a.png")
+    assert drawn.exit_code == 0, drawn.output
+    assert "warning: changed: its tensors are not those" in drawn.stderr
+
+
 # ---------------------------------------------------------------- on diffusers' pipelines
 
 
@@ -531,6 +577,14 @@ def test_a_pack_acts_on_a_pipeline_and_leaves_it(name: str, families: dict[str, 
     half = pictured(pipeline)
     assert (on - plain).abs().max() > 1e-3
     assert (half - on).abs().max() > 1e-3
+    laid_out = tmp_path / "peft.safetensors"
+    pack.save(laid_out, torch.float32, "diffusers", pipeline)
+    with pytest.raises(UserError, match="E-PACK-36"):
+        pack.save(laid_out, layout="diffusers")
+    assert all("lora_A" in key or "lora_B" in key for key in file.load(laid_out).tensors)
+    again: Any = kind.from_pretrained(families[name], dtype=torch.float32, use_safetensors=True)
+    again.load_lora_weights(str(laid_out))
+    assert (pictured(again) - on).abs().max() < 1e-3, "diffusers draws the same from it"
     other = pack.apply(pipeline, scale=0.5)
     assert (pictured(pipeline) - on).abs().max() < 1e-4, "two halves are a whole"
     other.remove()

@@ -487,6 +487,7 @@ ELSEWHERE = {  # which test shows it
     "train.prefetch": "test_train: samples prepared ahead are the same",
     "train.trackers": "test_trackers: trackers are told the figures",
     "pack.layouts": "test_writing: a run writes each layout it is asked for",
+    "pack.embeddings_inside": "test_words: embeddings lie inside the pack where that is wished",
     "pack.dtype": "test_writing: a run writes each layout it is asked for",
     "preview.every": "test_course: previews change nothing",
     "train.on_nonfinite": "test_course: a broken picture is named and left out",

@@ -12,12 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sdlora import api, family, learners, search
+from sdlora import api, family, learners, search, sharing
 from sdlora.adapter import Bank
 from sdlora.adapters import prompt
 from sdlora.errors import UserError
 from sdlora.family import Family
-from sdlora.packs import file, words
+from sdlora.packs import bundle, file, words
 from sdlora.packs.pipelines import Pack
 
 TRIGGER = "mira"
@@ -140,6 +140,25 @@ def test_a_run_learns_it_alone_or_beside_lora(kind: str, squares: Path, base: Pa
     list(api.train(run, tmp_path / "again"))
     again = file.load(tmp_path / "again" / "mira.safetensors").tensors
     assert all(torch.equal(again[key], tensor) for key, tensor in pack.tensors.items())
+
+
+def test_embeddings_lie_inside_the_pack_where_that_is_wished_and_in_its_bundle(squares: Path, base: Path, tmp_path: Path) -> None:
+    adapter = {"kind": "lora", "rank": 2}
+    run = small.settled(squares, base, adapter=adapter, train__words_lr=1e-2, train__steps=2, pack__embeddings_inside=True)
+    events = list(api.train(run, tmp_path / "run"))
+    (whole,) = load_file(tmp_path / "run" / f"mira{words.BESIDE}").values()
+    with safe_open(tmp_path / "run" / "mira.safetensors", "pt") as opened:
+        assert torch.equal(opened.get_tensor("bundle_emb.mira.string_to_param.*"), whole)
+    told = next(event.text for event in events if event.text.startswith("the pack: "))
+    assert "not in diffusers" in told, "who refuses such a pack is said"
+    studio = api.open_studio([file.load(tmp_path / "run" / "mira.safetensors")], str(base))
+    assert any("stand in the header as well" in line for line in studio.remarks()), "they act once"
+    made = sharing.bundled(tmp_path / "run")
+    assert made[f"mira{words.BESIDE}"] == (tmp_path / "run" / f"mira{words.BESIDE}").read_bytes()
+    assert bundle.packs(made) == ["mira.safetensors"], "embeddings beside a pack are no second one"
+    bundle.write(tmp_path / "mira.zip", made)
+    assert api.open_pack(tmp_path / "mira.zip").trigger == "mira"
+    assert words.bundled({"clip_l": whole}, "dr. x") == {"bundle_emb.dr- x.clip_l": whole}
 
 
 def test_a_pack_with_embeddings_goes_on_a_pipeline(base: Path, tmp_path: Path) -> None:

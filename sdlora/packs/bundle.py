@@ -9,6 +9,7 @@ import io
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -16,13 +17,15 @@ from PIL import Image
 from sdlora import hub, safeio
 from sdlora.data import unzip
 from sdlora.errors import UserError
-from sdlora.packs import card, file, metadata
+from sdlora.packs import card, file, metadata, words
 from sdlora.packs.privacy import Secrets, leaks
 
 SUMS = "SHA256SUMS"
 TAKEN = (".safetensors", ".png", ".jpg", ".jpeg", ".webp", ".json", ".md", ".txt")
 BARE = (SUMS, "LICENSE", ".gitattributes")
 """Files that may have no ending, or none of those."""
+WANTED = [*(f"*{suffix}" for suffix in TAKEN), *BARE]
+"""Patterns of what is downloaded of a repository."""
 LIMITS = unzip.Limits(files=1000, file_bytes=file.MAX_BYTES, total_bytes=2 * file.MAX_BYTES, ratio=100)
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """The earliest time that a ZIP can hold: the same pack makes the same bytes."""
@@ -50,6 +53,8 @@ def files(path: Path, gallery: Gallery) -> dict[str, bytes]:
     if found:
         raise UserError("E-PACK-09", f"the bundle would tell {'; '.join(found[:5])}", path, "give it another title, trigger or prompt")
     made = {f"{name}.safetensors": path.read_bytes(), **{own: text.encode() for own, text in texts.items()}}
+    beside = path.with_name(f"{name}{words.BESIDE}")
+    made |= {beside.name: beside.read_bytes()} if beside.is_file() else {}
     made |= {own: _png(picture) for own, (picture, _) in gallery.pictures.items()}
     made |= {f"{name}.preview.png": _png(preview)} if preview else {}
     return dict(sorted(made.items())) | {SUMS: sums(made)}
@@ -91,7 +96,8 @@ def read(source: str) -> dict[str, bytes]:
     path = Path(source)
     if not path.exists() and hub.is_id(source):
         try:
-            path = hub.download(source, [*(f"*{suffix}" for suffix in TAKEN), *BARE])
+            _small_enough(source)
+            path = hub.download(source, WANTED)
         except hub.UnreachableError as error:
             what = f'"{source}" is no file here and could not be had from the hub: {error}'
             raise UserError("E-PACK-02", what, source, "check the name and the connection") from error
@@ -107,9 +113,19 @@ def read(source: str) -> dict[str, bytes]:
     return found
 
 
+def _small_enough(source: str) -> None:
+    """Refuse a repository before anything of it is downloaded, if what would be is too much."""
+    sizes = {name: size for name, size in hub.sizes(source).items() if any(fnmatch(name, wanted) for wanted in WANTED)}
+    wrong = [f"it holds {len(sizes)} files"] if len(sizes) > LIMITS.files else []
+    wrong += [f"{sum(sizes.values()) / 1e9:.1f} GB would be downloaded"] if sum(sizes.values()) > LIMITS.total_bytes else []
+    wrong += [f"{name} has {size / 1e9:.1f} GB" for name, size in sizes.items() if size > LIMITS.file_bytes]
+    _refuse(wrong, source)
+
+
 def packs(found: Mapping[str, bytes]) -> list[str]:
-    """Names of the packs among files."""
-    return [name for name in found if name.endswith(".safetensors")]
+    """Names of the packs among files; embeddings beside one are none."""
+    names = [name for name in found if name.endswith(".safetensors")]
+    return [name for name in names if not (name.endswith(words.BESIDE) and f"{name.removesuffix(words.BESIDE)}.safetensors" in names)]
 
 
 def _check(found: Mapping[str, bytes], source: str) -> None:

@@ -73,6 +73,12 @@ class Pack:
         return reading.kind_of({leaf for leaves in keys.by_module(self.tensors).values() for leaf in leaves})
 
     @property
+    def is_stale(self) -> bool:
+        """Whether its header gives the hash of other tensors."""
+        said = {self.metadata[name].removeprefix("0x").lower() for name in HASHES if self.metadata.get(name)}
+        return bool(said and self.sha256) and self.sha256 not in said
+
+    @property
     def embeddings(self) -> dict[str, Tensor]:
         """Textual inversions inside the pack, by name: rows (n, width), or one for each text encoder under `name.clip_l`, `name.clip_g`."""
         inside = {key.removeprefix(layouts.BUNDLED): tensor for key, tensor in self.tensors.items() if key.startswith(layouts.BUNDLED)}
@@ -118,18 +124,25 @@ def save(path: Path, tensors: Mapping[str, Tensor], describe: Callable[[str], di
         raise UserError("E-DISK-03", "the pack does not read back as it was written", path, "the disk may be failing: write it elsewhere")
 
 
+STALE = "its tensors are not those that its header was written for: another program changed them"
+
+
 def data_hash(content: bytes) -> str:
     """SHA-256 of a safetensors file's data section, which a change of its metadata leaves alone."""
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
 def load(path: Path) -> Pack:
-    """Read a pack. Raises `UserError` for what is none, or is damaged."""
+    """Read a pack. Raises `UserError` for what is none, or is damaged.
+
+    A pack of ours whose tensors are not those of its header is damaged. Other programs leave a header as it was when they change tensors:
+    such a pack is taken, and `is_stale`.
+    """
     pack = read(path)
     reading.check_numbers(pack.tensors)
-    said = {pack.metadata[name].removeprefix("0x").lower() for name in HASHES if pack.metadata.get(name)}
-    if said and pack.sha256 not in said:
-        what = f"its tensors are not those that its header was written for: their SHA-256 is {pack.sha256[:12]}, not {min(said)[:12]}"
+    if pack.is_stale and "sdlora.base" in pack.metadata:
+        said = next(pack.metadata[name] for name in HASHES if pack.metadata.get(name)).removeprefix("0x")
+        what = f"its tensors are not those that its header was written for: their SHA-256 is {pack.sha256[:12]}, not {said[:12]}"
         raise UserError("E-PACK-30", what, path, "it was damaged or changed on its way: fetch it again from where it was published")
     return pack
 
@@ -161,6 +174,7 @@ def attach(pack: Pack, name: str, bank: Bank, family: Family, partial: bool = Fa
     Raises `UserError`, having changed nothing, for a pack of which nothing fits; and for one that fits in part, unless `partial` allows it.
     """
     fitted, report = reading.fit(pack.tensors, pack.metadata, family, pack.trigger or pack.name)
+    report.notes += [STALE] if pack.is_stale else []
     _judge(pack, fitted, report, family, partial)
     bank.add(name, {layer: (one.kind, one.kind.Config.blank()) for layer, one in fitted.items()}, reading.unused)
     for layer, _, delta in bank.deltas(name):
@@ -195,7 +209,7 @@ def _judge(pack: Pack, fitted: Mapping[str, Fitted], report: Report, family: Fam
     made_for = f"it was made for {pack.base}, " if pack.base and pack.base != family.base.name else ""
     count = len(report.unknown) + len(report.ignored)
     what = f"this pack does not fit the base {family.base.name}: {made_for}{count} of its keys and layers cannot be applied"
-    todo = "generate with the base it was made for (--base)" + ("; or put on what fits, with --partial" if fitted else "")
+    todo = "use the base it was made for (--base)" + ("; or draw with what fits of it: sdlora generate --partial" if fitted else "")
     raise UserError(report.code, f"{what}: {'; '.join(report.lines())}", pack.name, todo)
 
 

@@ -101,13 +101,25 @@ class Pack(file.Pack):
     def open(cls, path: str | Path) -> Self:
         """Read a pack. Raises `UserError` if it is none."""
         read = file.load(Path(path))
-        return cls(read.name, read.tensors, read.metadata)
+        return cls(read.name, read.tensors, read.metadata, read.sha256)
 
-    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the pack, its weights in `dtype` if one is named; what must be exact, such as alpha, stays as it is. It is read back."""
-        exact = self.kind.Adapter.exact
-        tensors = {key: self._cast(tensor, None if key.partition(".")[2] in exact else dtype) for key, tensor in self.tensors.items()}
+    def save(self, path: str | Path, dtype: torch.dtype | None = None, layout: str = "", pipeline: Any = None) -> None:
+        """Write the pack, its weights in `dtype` if one is named; what must be exact, such as alpha, stays as it is. It is read back.
+
+        With a `layout`, kohya or diffusers, in that one: `pipeline` tells which layers its keys name. Raises `UserError`.
+        """
+        if layout and pipeline is None:
+            what = "which layers a pack's keys name, only its base tells"
+            raise UserError("E-PACK-36", what, self.name, "give the pipeline, too, or use `sdlora pack convert`")
+        tensors = self._laid_out(layout, host_of(pipeline), dtype or torch.float16) if layout else self._as_it_is(dtype)
         file.save(Path(path), tensors, self._described)
+
+    def _as_it_is(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        exact = self.kind.Adapter.exact
+        return {key: self._cast(tensor, None if key.partition(".")[2] in exact else dtype) for key, tensor in self.tensors.items()}
+
+    def _laid_out(self, layout: str, host: "Host", dtype: torch.dtype) -> dict[str, Tensor]:
+        return file.converted(self, host.bank, cast("Family", host), layout, dtype)
 
     def apply(self, pipeline: Any, scale: float | None = None) -> Applied:
         """Put it on a pipeline, at its recommended scale unless one is given. Raises `UserError`, nothing changed, if it is unfit."""
@@ -132,7 +144,8 @@ class Pack(file.Pack):
 
     def _described(self, sha256: str) -> dict[str, str]:
         changed = {"sshs_model_hash": sha256, "modelspec.hash_sha256": f"0x{sha256}"}
-        return {key: value for key, value in self.metadata.items() if key != "sshs_legacy_hash"} | changed
+        left_out = ("sshs_legacy_hash", "lora_adapter_metadata")  # of these tensors as they were
+        return {key: value for key, value in self.metadata.items() if key not in left_out} | changed
 
 
 def host_of(pipeline: Any) -> Host:

@@ -17,6 +17,8 @@ from torch import Tensor
 from sdlora.packs import keys, layouts, strict
 
 FIELD = "sdlora.words"
+BESIDE = "-embedding.safetensors"
+"""What the name of a file beside a pack, that holds the same as a textual inversion, ends in."""
 DIFFERENCE, IDS = "emb_diff", "emb_ids"
 Tensors = dict[str, Tensor]
 
@@ -61,3 +63,9 @@ def inversion(tensors: Mapping[str, Tensor], family: Any) -> Tensors:
         whole = weight[leaves[IDS].long().to(weight.device)].detach().float().cpu() + leaves[DIFFERENCE].float().cpu()
         found[layouts.CLIPS[suffix][0]] = whole.contiguous()
     return found if "text_encoder_2" in family.components else dict(zip(("emb_params",), found.values(), strict=False))
+
+
+def bundled(inversion: Mapping[str, Tensor], word: str) -> Tensors:
+    """An inversion as it lies inside a pack. Points in a word would end its name there."""
+    start = f"{layouts.BUNDLED}{word.replace('.', '-')}"
+    return {f"{start}.{'string_to_param.*' if key == 'emb_params' else key}": tensor for key, tensor in inversion.items()}
