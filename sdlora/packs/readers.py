@@ -228,7 +228,7 @@ def _comfy(pack: Sheet) -> list[Fate] | str:
 def _in_table(module: Module, kinds: set[str]) -> bool:
     """Whether a table of kohya's, LyCORIS's and old diffusers' names has it: no dotted name of attention, no name without `text_model`."""
     dotted = module.layout in ("peft", "dotted") and re.search(r"\.attn[12]\.to_|\.self_attn\.", module.layer) and module.part == "unet"
-    return bool(module.layer) and module.kind in kinds and module.whole and not dotted and not (module.flat and module.spelt != "te2")
+    return bool(module.layer) and module.kind in kinds and module.whole and not dotted and not module.flat
 
 
 def _tabled(module: Module, good: bool) -> Fate:

@@ -15,6 +15,7 @@ from sdlora.errors import UserError
 from sdlora.family import Family
 from sdlora.packs import convert, foreign, inversions, layouts, openclip, peft
 from sdlora.packs.convert import SCALE, Leaves
+from sdlora.packs.words import IDS
 
 LARGEST, STRONGEST, SMALLEST = 65504.0, 1e4, 1e-30
 """Of a weight (fp16's), of alpha / rank; what is below is zero to every program."""
@@ -90,8 +91,11 @@ def fit(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: Fami
 
 
 def check_numbers(tensors: Mapping[str, Tensor]) -> None:
-    """Raise `UserError` for a number that is not finite, or larger than any that was trained."""
+    """Raise `UserError` for a number that is not finite, or larger than any that was trained, and for factors of whole numbers."""
     for key, tensor in tensors.items():
+        if not tensor.is_floating_point() and tensor.numel() > 1 and key.rpartition(".")[2] != IDS:
+            what = f"it holds whole numbers ({tensor.dtype}) where weights belong"
+            raise UserError("E-PACK-05", what, key, "write it again in fp16, bf16 or fp32")
         low, high = (float(value) for value in tensor.float().aminmax())
         if not max(-low, high) <= LARGEST:  # NaN is not, either
             what = "this pack holds numbers that are not finite, or so large that half precision cannot hold them"
