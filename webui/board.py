@@ -7,6 +7,7 @@ import gradio as gr
 from webui.gather import Gather, Home
 from webui.goal import Goal
 from webui.house import PRIVATE, House, Values, toasts
+from webui.share import Share
 from webui.studio import Page
 from webui.watch import Watch
 from webui.words import Words
@@ -36,6 +37,8 @@ class Board:
                 self.watch = Watch(house)
             with gr.Tab("5 Studio", id="studio") as studio:
                 self.studio = Page(house.easel, studio.select, house.links)
+            with gr.Tab("6 Share", id="share") as share:
+                self.share = Share(house, share.select)
         self._events(page)
         captions.select(self.words_now, {self.project}, self._of(self.words), **QUIET)
         goal.select(self.goal_now, {self.project}, self.goal.outputs(), **QUIET)
