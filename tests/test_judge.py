@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small
 import torch
 from small import new_tokenizer, numbers, random_pack
+from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
 from sdlora import api, best, course, eyes, family, measures, settings, state
@@ -86,6 +88,61 @@ def test_eyes_are_named_and_none_is_fetched_unasked(studio: api.Studio, tmp_path
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "vit"}))
     with pytest.raises(UserError, match=r"E-EYES-03.*vit"):
         eyes.opened(str(tmp_path), studio.family)
+
+
+def test_sharpness_is_seen_where_latents_alone_see_a_blur_as_likeness() -> None:
+    """Held-out pictures against what was done to them, on the embedded base: a sharp one moved by 2 px is right, a blurred one is not.
+
+    The negative control: by latents alone the blurred ones are the more alike.
+    """
+    tiny, true = api.open_studio().family, drawings()
+    shown = torch.nn.functional.pad(true, (2, 2, 2, 2), "replicate")
+    versions = {
+        "moved": shown[:, :, 4:, 2:-2],
+        "blurred": gaussian_blur(true, 2.0),
+        "posterised": true.mul(2).round() / 2,
+        "pale": 0.5 * true + 0.25,
+        "another subject": drawings(seed=1),
+    }
+    fits = torch.eye(len(true), dtype=torch.bool)
+
+    def like(sight: eyes.Eyes) -> dict[str, float]:
+        centre = sight.see(torch.cat([true, drawings(seed=2)]))
+        own = {name: measures.centred(sight.see(pixels), centre) for name, pixels in versions.items()}
+        return {name: float(measures.likeness(row, measures.centred(sight.see(true), centre), fits).mean()) for name, row in own.items()}
+
+    seen, control = like(eyes.Detailed(tiny)), like(eyes.Autoencoder(tiny))
+    assert max((name for name in seen), key=lambda name: seen[name]) == "moved", seen
+    assert control["blurred"] > control["moved"], control
+
+
+def gaussian_blur(pixels: Tensor, sigma: float) -> Tensor:
+    places = torch.arange(-8, 9)
+    kernel = torch.exp(-((places / sigma) ** 2) / 2)
+    plane = (kernel[:, None] * kernel / kernel.sum() ** 2).expand(3, 1, -1, -1)
+    return torch.nn.functional.conv2d(torch.nn.functional.pad(pixels, (8, 8, 8, 8), "replicate"), plane, groups=3)
+
+
+def drawings(count: int = 8, seed: int = 0) -> Tensor:
+    """Pictures (N, 3, 64, 64) of a striped disc on a ground, its place, size and colours drawn; another seed: a square, and others."""
+    rng = np.random.default_rng(seed)
+    across, down = np.meshgrid(np.arange(64), np.arange(64))
+    made = []
+    for _ in range(count):
+        x, y, size = (*rng.uniform(24, 40, 2), rng.uniform(14, 20))
+        inside = np.maximum(abs(across - x), abs(down - y)) < size if seed else np.hypot(across - x, down - y) < size
+        stripes = np.sin((across * rng.uniform(-1, 1) + down) * rng.uniform(0.8, 1.4)) > 0
+        ground, one, other = rng.uniform(0, 1, (3, 3, 1, 1))
+        made.append(np.where(inside, np.where(stripes, one, other), ground))
+    return torch.from_numpy(np.stack(made)).float()
+
+
+def test_local_contrast_falls_with_blur_and_knows_no_faint_noise() -> None:
+    sharp = drawings()
+    levels = [float(eyes.contrast(gaussian_blur(sharp, sigma)).mean()) for sigma in (0.5, 1.0, 2.0)]
+    assert levels == sorted(levels, reverse=True)
+    flat = torch.full((1, 3, 64, 64), 0.5)
+    assert float((eyes.contrast(flat) - eyes.contrast(flat + 0.002 * numbers(flat.shape, 3))).abs().max()) < 0.02
 
 
 def test_an_adapter_that_does_nothing_is_told_from_nothing(studio: api.Studio, tmp_path: Path) -> None:
