@@ -122,7 +122,7 @@ def copied(folder: Path, source: object) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         hidden = any(name.startswith(".") for name in inside.parts)
-        weights = inside.suffix in (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".msgpack", ".h5", ".index.json")
+        weights = inside.suffix in (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".msgpack", ".h5")
         others = weights and (len(inside.parts) == 1 or inside.parts[0] in PARTS) and path not in chosen
         listed = source.chosen is None or inside.as_posix() in source.chosen
         if path.is_file() and not hidden and not others and listed:

@@ -3,17 +3,20 @@
 import json
 import os
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import DiffusionPipeline
 from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from small import any_port, draw_folder
 from test_webui import train
 
+from sdlora.family import EMBEDDED
 from webui import app
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -293,5 +296,20 @@ def test_from_pictures_to_a_pack_by_keyboard_and_through_a_reload(browser: Brows
         page.locator("#scale input[type=range]").fill("0")
         assert shown(page, "0") == (base, base)
         assert full != base
+        go(page, "Share")
+        expect(page.locator("#readers")).to_contain_text("diffusers", timeout=WAIT_MS)
+        page.locator("#public summary").click()
+        expect(page.locator("#public")).to_contain_text("modelspec.trigger_phrase")
+        page.locator("#make-bundle").focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#bundle")).to_contain_text("nori.zip", timeout=WAIT_MS)
+        with page.expect_download() as coming:
+            page.locator("#bundle").click()
+        coming.value.save_as(tmp_path / "nori.zip")
     served.close()
+    with zipfile.ZipFile(tmp_path / "nori.zip") as archive:
+        archive.extractall(tmp_path / "bundle")
+    pipeline = DiffusionPipeline.from_pretrained(str(EMBEDDED), local_files_only=True)
+    pipeline.load_lora_weights(str(tmp_path / "bundle"), weight_name="nori.safetensors")
+    assert pipeline.get_active_adapters()
     assert "nori with a hat" in [path.read_text().strip() for path in (tmp_path / "root" / "projects" / "nori" / "pictures").rglob("*.txt")]
