@@ -91,6 +91,10 @@ def bundled(source: Path) -> dict[str, bytes]:
     return bundle.files(path, _gallery(path))
 
 
+FACTS = {"ss_num_train_images": "1", "ss_steps": "1", "ss_network_dim": "1", "modelspec.author": "a", "modelspec.license": "a"}
+"""Of a pack whose card says all that cards may say."""
+
+
 def _gallery(path: Path) -> Gallery:
     """The strip of the run that a pack lies in, and what the run knows that must not be told."""
     run, pack = path.parent, file.load(path)
@@ -115,7 +119,8 @@ def _secrets(run: Path, pack: file.Pack) -> Secrets:
     names = {row["file"] for row in ledger.get("pictures", [])}
     folder = Path(table.get("data", {}).get("folder", "")).name
     said = {caption for row in ledger.get("pictures", []) for caption in row.get("captions", [])}
-    known = f"{published} {pack.trigger} {pack.name} {pack.metadata.get('modelspec.title', '')}".lower()
+    usual = card.model_card(file.Pack("pack", {}, FACTS), [("picture.png", "")])  # of whose words none is a secret
+    known = f"{published} {pack.trigger} {pack.name} {pack.metadata.get('modelspec.title', '')} {usual}".lower()
     kept = [word for word in {*names, folder} if len(word) > 5 and word.lower() not in known]
     return Secrets(frozenset(kept), frozenset(word for word in said if len(word) > 5 and word.lower() not in known))
 

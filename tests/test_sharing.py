@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -355,6 +356,19 @@ def test_the_cards_front_matter_is_what_the_hub_reads(run: Path) -> None:
     assert {"lora", "text-to-image", "template:sd-lora", "ball", "stable-diffusion-xl"} <= set(table["tags"])
     assert "<Gallery />" in body
     assert card.web_version(sheet.sheet(told.tensors, told.metadata)).endswith("XL")
+
+
+def test_a_folder_called_as_a_word_of_every_card_is_no_secret(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "config.toml"
+    for name, tells in (("pictures", False), ("mira.safetensors is secret", False), ("grandmother", True)):
+        config.write_text(re.sub(r"(?m)^folder = .*$", f'folder = "/somewhere/{name}"', config.read_text()))
+        if not tells:
+            assert sharing.bundled(tmp_path / "run")["README.md"]
+            continue
+        api.edit_pack(tmp_path / "run" / "mira.safetensors", {"modelspec.usage_hint": "as my grandmother"})
+        with pytest.raises(UserError, match="E-PACK-09"):
+            sharing.bundled(tmp_path / "run")
 
 
 def test_a_zip_is_the_same_bytes_every_time(bundled: dict[str, bytes], tmp_path: Path) -> None:
