@@ -62,6 +62,7 @@ def test_one_file_is_the_folder_it_was_made_of(pairs: dict[str, tuple[Path, Path
     assert torch.equal(one.alphas_cumprod, two.alphas_cumprod)
 
 
+@pytest.mark.slow
 def test_a_run_takes_one_file(pairs: dict[str, tuple[Path, Path]], squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = pairs["sd1"][1]
     monkeypatch.chdir(path.parent)

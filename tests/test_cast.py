@@ -145,6 +145,7 @@ def test_who_breaks_leaves_the_others_as_they_are(members: list[Run], whole: Pat
         assert apart(tmp_path / "cast" / name, whole / name) <= APART
 
 
+@pytest.mark.slow
 def test_memory_that_does_not_suffice_costs_rounding_alone(
     members: list[Run], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,7 @@ def test_memory_that_does_not_suffice_costs_rounding_alone(
     assert apart(tmp_path / "cast" / "tavi", whole / "tavi") <= APART
 
 
+@pytest.mark.slow
 def test_all_of_a_cast_keep_to_the_memory_that_is_set(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     really, largest, planned = sd1.SD1.predict, list[int](), list[Plan]()
 
@@ -258,6 +260,7 @@ def test_the_command_line_trains_the_config_that_is_there(tmp_path: Path, monkey
 # ---------------------------------------------------------------- sweeps
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_cast_of_all_choices_laid_side_by_side(squares: Path, base: Path, tmp_path: Path) -> None:
     text = f'name = "mira"\nbase = "{base}"\ndata.folder = "{squares}"\ndata.resolution_px = 32\npreview.prompts = ["one", "two"]\n'
     text += "preview.steps = 2\npreview.every = 0\npreview.scales = []\ntrain.steps = 3\ntrain.batch_size = 1\ntrain.log_every = 1\n"

@@ -56,6 +56,7 @@ def test_compiled_blocks_compute_the_same_in_all_shapes() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "the control: something was compiled"
 
 
+@pytest.mark.slow
 def test_a_run_with_compiled_blocks_is_the_run_without(base: Path, tmp_path: Path) -> None:
     """All but the compiler itself: compiled calls run as they are, bit for bit."""
     folder = small.draw_folder(tmp_path / "pictures", square=True)

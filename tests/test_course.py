@@ -476,6 +476,7 @@ def scarce(monkeypatch: pytest.MonkeyPatch, fits: int) -> None:
     monkeypatch.setattr(sd1.SD1, "predict", predict)
 
 
+@pytest.mark.slow
 def test_where_memory_is_scarce_a_step_is_taken_in_parts(
     squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -492,6 +493,7 @@ def test_where_memory_is_scarce_a_step_is_taken_in_parts(
 
 
 @pytest.mark.parametrize("setting", ["auto", "off"])
+@pytest.mark.slow
 def test_before_that_its_blocks_are_computed_again(
     setting: str, squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

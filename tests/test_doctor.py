@@ -189,6 +189,7 @@ def test_many_versions_make_one_group() -> None:
     assert found == {frozenset(COPIES)}
 
 
+@pytest.mark.slow
 def test_ten_thousand_pictures_are_compared_in_seconds() -> None:
     rng = np.random.default_rng(0)
     thumbs = rng.integers(0, 256, (10_000, 4, 4, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)

@@ -258,6 +258,7 @@ def same(one: Path, other: Path) -> None:
     assert {key for key in a.metadata if a.metadata[key] != b.metadata[key]} <= set(CLOCK)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_if_never_stopped(families: dict[str, Path], squares: Path, tmp_path: Path) -> None:
     run = small.settled(squares, families["sdxl"], **settings(4, 2))
     list(api.train(run, tmp_path / "whole"))

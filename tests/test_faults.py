@@ -144,6 +144,7 @@ def fell_back(outcome: Outcome, saved: int) -> bool:
 
 
 @pytest.mark.parametrize("trials", sizes(100, 2000))
+@pytest.mark.slow
 def test_a_power_cut_costs_nothing(trials: int, reference: str, folder: Path) -> None:
     seen = power_cuts(folder / "disk", trials, True, reference)
     print(f"power cuts: {trials} jobs, {dict(seen)}")
@@ -153,6 +154,7 @@ def test_a_power_cut_costs_nothing(trials: int, reference: str, folder: Path) ->
 
 
 @pytest.mark.parametrize("trials", sizes(100, 2000))
+@pytest.mark.slow
 def test_what_a_lying_disk_damages_is_noticed(trials: int, reference: str, folder: Path) -> None:
     seen = power_cuts(folder / "disk", trials, False, reference)
     print(f"... of a disk that does not flush: {trials} jobs, {dict(seen)}")
@@ -178,6 +180,7 @@ def told(out: Path, disk: Watched) -> tuple[Outcome, UserError | None]:
 
 @pytest.mark.parametrize("sticky", [False, True], ids=["once", "from then on"])
 @pytest.mark.parametrize("number", list(NUMBERS), ids=lambda number: errno.errorcode[number])
+@pytest.mark.slow
 def test_a_disk_that_refuses_costs_nothing(number: int, sticky: bool, reference: str, folder: Path) -> None:
     at, refused, out = 1, 0, folder / "run"
     while True:

@@ -45,6 +45,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(squares: 
     assert "E-FIND-05" in said.output
 
 
+@pytest.mark.slow
 def test_kinds_are_trained_judged_and_not_trained_again(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own, out = table(squares, base), tmp_path / "found"
     events = [*kinds.find(own, kinds.Wanted(["lora", "ia3"], [1, 2], 4, 2), ASKING, out)]

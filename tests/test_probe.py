@@ -90,6 +90,7 @@ def checked(loaded: Family, **changes: Any) -> tuple[Any, list[str]]:
     [("epsilon", "epsilon", False), ("velocity", "velocity", False), ("velocity to noise alone", "velocity", True)],
 )
 @pytest.mark.parametrize("assumed", ["epsilon", "velocity"])
+@pytest.mark.slow
 def test_what_nobody_says_is_measured(speaking: Callable[..., Family], network: str, prediction: str, zero_snr: bool, assumed: str) -> None:
     loaded = speaking(network, said=False, prediction=assumed)
     run, told = checked(loaded, objective__kind=assumed, probe="choose", objective__min_snr_gamma=3.0)

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import small
 from safetensors.torch import load_file
 
 from sdlora import api, profiling
 
 
+@pytest.mark.slow
 def test_a_profile_says_where_the_time_went_and_changes_nothing(base: Path, tmp_path: Path) -> None:
     folder, found = small.draw_folder(tmp_path / "pictures", square=True), []
     for profile in (True, False):

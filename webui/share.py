@@ -29,7 +29,7 @@ class Share:
         with gr.Row(equal_height=True):
             self.pack = gr.Dropdown([], value=None, label="Pack", elem_id="share-pack", scale=1, min_width=220)
             self.bundle = gr.Button(
-                "Make a bundle", variant="primary", elem_id="make-bundle", elem_classes="beside", scale=0, min_width=150
+                "Make a bundle", variant="primary", elem_id="make-bundle", elem_classes="beside", scale=0, size="md", min_width=180
             )
             self.download = gr.DownloadButton(
                 "Download", elem_id="bundle", elem_classes="beside", interactive=False, size="md", scale=0, min_width=190
@@ -47,8 +47,8 @@ class Share:
             with gr.Row(equal_height=True):
                 self.repository = gr.Textbox(label="Repository", placeholder="owner/name", elem_id="repository", max_length=200)
                 self.private = gr.Checkbox(True, label="visible to me alone", elem_id="private", min_width=140)
-                self.dry = gr.Button("Show what would be sent", elem_id="dry-run", elem_classes="beside", scale=0, min_width=220)
-                self.send = gr.Button("Send", elem_id="send", elem_classes="beside", interactive=False, scale=0, min_width=90)
+                self.dry = gr.Button("Show what would be sent", elem_id="dry-run", elem_classes="beside", scale=0, size="md", min_width=250)
+                self.send = gr.Button("Send", elem_id="send", elem_classes="beside", interactive=False, scale=0, size="md", min_width=90)
             self.sending = gr.HTML(elem_id="sending", padding=False)
         with gr.Accordion("Open somebody's pack", open=False, elem_id="receive"):
             self.received = gr.File(label="Drop a .safetensors file or a bundle", file_types=[".safetensors", ".zip"], height=120,
