@@ -11,16 +11,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sdlora import family, safeio
+from sdlora.apart import Chosen
 from sdlora.errors import UserError
 from sdlora.family import Base, Family
 from sdlora.packs import deltas
 from sdlora.packs.deltas import Change
-from sdlora.packs.file import Pack
-from sdlora.source import INDEX, PARTS, Folder, Place, header
+from sdlora.source import INDEX, PARTS, Folder, Place, Source, header
 
 PIECE = 1 << 24
 """Bytes that are copied at once."""
-Chosen = Sequence[tuple[Pack, float]]
 
 
 @dataclass
@@ -61,16 +60,15 @@ def bake(base: Base, packs: Chosen, out: Path) -> Baked:
         part = dotted.partition(".")[0]
         baked.layers[part] = baked.layers.get(part, 0) + 1
     said = {"sdlora.baked": "; ".join(f"{pack.name}:{scale:g} sha256 {pack.sha256}" for pack, scale in packs)}
-    files = [source.path] if source.path.is_file() else list(copied(source.path, source))
+    files = [source.path] if source.path.is_file() else list(copied(source))
     safeio.check_room(out, sum(file.stat().st_size for file in files))
     if source.path.is_file():
         safeio.write(out, patched(source.path, made, said))
     else:
         names = [file.relative_to(source.path).as_posix() for file in files]
         weights = {place.file for places in made.places.values() for place, _ in places}
-        safeio.write_tree(
-            out, ((name, content(source.path / name, names, weights, partial(patched, made=made, said=said))) for name in names)
-        )
+        patch = partial(patched, made=made, said=said)
+        safeio.write_tree(out, ((name, content(source.path / name, names, weights, patch)) for name in names))
     for file in files:
         if file.suffix == ".safetensors":
             _check(file, out / file.relative_to(source.path) if source.path.is_dir() else out, made, baked)
@@ -97,9 +95,8 @@ class Weights:
             part, _, rest = dotted.partition(".")
             place = held[part].get(f"{rest}.weight") or held[part].get(f"{rest.removeprefix('text_model.')}.weight")
             if place is None:
-                raise UserError(
-                    "E-SHOP-13", f"the base's files hold no weight of {dotted}", loaded.base.source.path, "this is no base of ours"
-                )
+                what = f"the base's files hold no weight of {dotted}"
+                raise UserError("E-SHOP-13", what, loaded.base.source.path, "get the base again from where it was published")
             self.places.setdefault((place.file, place.tensor), []).append((place, dotted))
 
     def of(self, dotted: str) -> Tensor:
@@ -115,9 +112,10 @@ class Weights:
         return new
 
 
-def copied(folder: Path, source: object) -> Iterator[Path]:
+def copied(source: Source) -> Iterator[Path]:
     """The files of a base in diffusers layout that its copy needs: of what is baked no other version, which would be the old one."""
     assert isinstance(source, Folder)
+    folder = source.path
     chosen = {place.file for part in PARTS if (folder / part).is_dir() for place in source.places(part).values()}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)

@@ -53,8 +53,8 @@ class Autoencoder(Eyes):
 class Detailed(Eyes):
     """The autoencoder's latents beside how much goes on where: a blurred picture has nearly the latents of a sharp one, not its contrast.
 
-    Both parts are scaled to their number of values, the contrast weighs `CONTRAST` times as much: chosen on pictures that were held out,
-    so that a sharp one moved by 2 px is more like itself than a blurred one in its place (docs/measured.md).
+    Both parts are scaled to their number of values, the contrast weighs `CONTRAST` times as much: so that a sharp picture moved by 2 px is
+    more like itself than a blurred one in its place.
     """
 
     def __init__(self, family: Family) -> None:
