@@ -4,19 +4,22 @@
 
 What is planted is settled before any picture is judged, by what the judge does not see: all runs are plain (one constant rate, nothing
 that holds the adapter to the base), the *good* one is the checkpoint with the lowest loss on pictures held out among those of the first
-tenth of a run, the *over-trained* one has exactly ten times its steps (under a constant rate the good one's run is the beginning of the
-other's), the *wrong* one is the good one of another set under the same trigger, and *too strong* is the good one at twice its strength.
-Trained is what is not there yet.
+tenth of a run, or of all of the run that `--good` names; the *over-trained* one has exactly ten times the steps of the former, the *wrong*
+one is the good one of another set under the same trigger, and *too strong* is the good one at twice its strength. Trained is what is not
+there yet.
 
 Each of `--seeds` judgings draws with noise of its own, as `sdlora find best` does; those that OUT/SET.json holds are not made again.
-Printed is how often the good one comes first, read in three ways: at the scale that all other judgings recommend for it, beside the
-others as they come (scale 1); all as they come; and each at the scale that suits it best. Then how far the scale that a judging recommends
-for the good one is from the best in hindsight, and what the checkpoint that it chooses loses on the best in hindsight, by the mean score
-of all other judgings.
+
+The protocol, settled before anything was judged by it. The first reading is *all at scale 1*, as a user gets a pack of which nothing is
+recommended yet: only there does a wrong strength differ from the right one. The second is each *at the scale that suits it best*, of
+`OTHERS` for the others than the good one, and without too strong, which is the good one by construction. Then how far the scale that a
+judging recommends for the good one is from the best in hindsight, and what the checkpoint that it chooses loses on the best in hindsight,
+by the mean score of all other judgings.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +38,8 @@ EVERY = 20
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25, 2.0)
 OTHERS = (0.5, 1.0)
 """Scales of the good one, and of those beside it."""
+SIGHT = "latents and local contrast"
+"""Judgings that other features made are not mixed with these."""
 WITHIN = 0.25
 """How far a recommended scale may be from the best."""
 
@@ -63,7 +68,9 @@ def main() -> None:
     parser.add_argument("--sets", default="character,photos,style", help="which are judged")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--draws", type=int, default=2, help="seeds of each judging, as of `find best`")
+    parser.add_argument("--prompts", type=int, default=6, help="that name the trigger, and as many that do not")
     parser.add_argument("--steps", type=int, default=8, help="of drawing a picture")
+    parser.add_argument("--good", action="append", default=[], help="SET=RUN: a finished run, of which the best checkpoint is the good one")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "planted")
     options = parser.parse_args()
     sets = {
@@ -72,13 +79,17 @@ def main() -> None:
         "other": Planted(options.other, "character", 100, 4, 0.4, "", over=False),
         "style": Planted(options.style, "style", 60, 8, 0.2, "character"),
     }
-    asking = judge.Asking(scales=SCALES, seeds=options.draws, steps=options.steps)
+    asking = judge.Asking(scales=SCALES, prompts=options.prompts, seeds=options.draws, steps=options.steps)
+    better = {name: Path(run) for name, run in (one.split("=", 1) for one in options.good)}
     for name in options.sets.split(","):
         wrong = sets[name].wrong
         trained(sets[wrong], options.out / wrong)
         steps = trained(sets[name], options.out / name)
         packs = {**candidates(options.out / name, steps, sets[name].budget), "wrong": good(options.out / wrong, sets[wrong].budget)}
-        asked = {"good": steps[0], "over": steps[1], "draws": options.draws, "steps": options.steps}
+        if name in better:
+            packs["good"] = good(better[name], sys.maxsize)
+        asked = {"good": steps[0], "over": steps[1], "draws": options.draws, "steps": options.steps, "prompts": options.prompts,
+                 "eyes": SIGHT, "run": str(better.get(name, ""))}  # fmt: skip
         rounds = known(options.out / f"{name}.json", asked)
         for one in judged(options.out / name, packs, asking, range(len(rounds), options.seeds)):
             rounds.append(one)
@@ -87,7 +98,7 @@ def main() -> None:
         print(json.dumps({"set": name, **asked, **figures(rounds)}, indent=1), flush=True)
 
 
-def known(file: Path, asked: Mapping[str, int]) -> list[Scores]:
+def known(file: Path, asked: Mapping[str, Any]) -> list[Scores]:
     """The judgings of the same that were made before."""
     table = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     rounds = table.get("rounds", []) if asked.items() <= table.items() else []
