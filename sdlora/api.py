@@ -46,6 +46,8 @@ from sdlora.errors import UserError
 from sdlora.events import Event
 from sdlora.generate import Recipe
 from sdlora.judge import Asking
+from sdlora.judged import body as judged_body
+from sdlora.judged import read as read_judged
 from sdlora.kinds import Wanted as KindsWanted
 from sdlora.kinds import find as find_kind
 from sdlora.making import bake_packs, compare_packs, extract_pack, merge_packs, pack_spectrum, resize_pack
@@ -56,7 +58,7 @@ from sdlora.packs.pipelines import Applied, Pack
 from sdlora.packs.readers import Reading
 from sdlora.packs.workshop import Budget
 from sdlora.processes import leads
-from sdlora.queue import Entry, take_out
+from sdlora.queue import SCORE, Entry, take_out
 from sdlora.queue import entries as queued
 from sdlora.queue import start as start_queue
 from sdlora.record import Record, events, runs
@@ -78,6 +80,7 @@ from sdlora.stop import Stop, ask
 from sdlora.studio import Studio, parse_pack, parse_scale
 
 __all__ = [
+    "SCORE",
     "Applied",
     "Asking",
     "Budget",
@@ -116,6 +119,7 @@ __all__ = [
     "edit_captions",
     "edit_pack",
     "enqueue",
+    "enqueue_judging",
     "events",
     "extract_pack",
     "find_best",
@@ -127,6 +131,8 @@ __all__ = [
     "header_changes",
     "inspect_base",
     "is_cast",
+    "judged_body",
+    "keep_checkpoint",
     "leads",
     "merge_packs",
     "open_pack",
@@ -138,6 +144,7 @@ __all__ = [
     "push_pack",
     "put_captions",
     "queued",
+    "read_judged",
     "read_picture",
     "read_settings",
     "remove",
@@ -226,6 +233,21 @@ def enqueue(root: Path, run: Run, out: Path) -> str:
     name = queue.add(root, config.to_toml(run), out)
     queue.start(root)
     return name
+
+
+def enqueue_judging(root: Path, run: Path, scales: Sequence[float], **counts: int) -> str:
+    """Let a run's checkpoints be judged in their turn, as `find_best` does, into `run/score`. Returns the id in the queue."""
+    name = queue.judge(root, run, scales, **counts)
+    queue.start(root)
+    return name
+
+
+def keep_checkpoint(run: Path, step: int, scale: float, out: Path | None = None) -> Path:
+    """Write a checkpoint of a finished run as a pack that recommends a scale: by default NAME-STEP.safetensors beside the run's own."""
+    settled = settle(settings.read(run / "config.toml"), run / "config.toml")
+    path = out or run / f"{settled.name}-{step}.safetensors"
+    average.save(path, best.kept(settled, learners.base_of(settled), run, step, scale))
+    return path
 
 
 def check(run: Run, unpacked: Path) -> tuple[dict[str, Any], Callable[[], str]]:
@@ -328,12 +350,13 @@ def grid(studio: Studio, recipes: Sequence[Recipe], scales: Sequence[float]) -> 
 def find_best(source: Path, asking: Asking, data: str = "", base: str = "", out: Path | None = None) -> Iterator[Event]:
     """Judge a run's checkpoints, or a pack by a folder of pictures; the last event is `done`, and its data the verdict.
 
-    `score.json`, `grid.png` and `front.png` are written into `out`, by default `score` beside what is judged.
+    `score.json`, `score.html` with its pictures, `grid.png`, `front.png` and `following.png` are written into `out`, by default `score`
+    beside what is judged.
     """
     if source.is_dir():
         run = settle(_based(settings.read(source / "config.toml"), base), source / "config.toml")
         found = learners.base_of(run)
-        return best.find(run, found, best.checkpoints(run, found, source, asking.most), asking, out or source / "score")
+        return best.find(run, found, best.checkpoints(run, found, source, asking.most), asking, out or source / queue.SCORE)
     pack = open_pack(source)
     if not data:
         raise UserError(

@@ -88,6 +88,16 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A picture of a prompt that names the trigger, drawn at the first seed."""
+
+    prompt: str
+    picture: Image.Image
+    nearest: int  # the training picture that is most like it
+    memorisation: float
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What came of it: the base first, then every candidate at every scale."""
 
@@ -125,8 +135,8 @@ class Judge:
         self.seen = eyes.see(truth.seen)
         self.true = measures.centred(eyes.see(truth.held if len(truth.held) else truth.seen), self.centre)
         self.fits = measures.fitting([text for text, _ in self.prompts(questions.asked)], truth.says)
+        self.samples: dict[tuple[str, float], list[Sample]] = {}
         self.rows = [self._measured("base", 0, 0.0, self.base)]
-        self.images = {("base", 0.0): pictures.images(self.base[: len(questions.asked)])}
 
     def prompts(self, texts: Sequence[str]) -> list[tuple[str, int]]:
         """(prompt, seed) of every picture, prompts fastest; a prompt that stands there again is drawn at seeds that it has not had."""
@@ -137,9 +147,7 @@ class Judge:
         """Measure one candidate at every scale, or at these."""
         asked = scales or self.questions.scales
         for scale in asked:
-            pixels = self.draw(name, scale)
-            self.rows.append(self._measured(name, step, scale, pixels))
-            self.images[name, scale] = pictures.images(pixels[: len(self.questions.asked)])
+            self.rows.append(self._measured(name, step, scale, self.draw(name, scale)))
         return self.rows[-len(asked) :]
 
     def draw(self, name: str, scale: float) -> Tensor:
@@ -163,7 +171,8 @@ class Judge:
         rows, labels = [], []
         for name in names:
             for i, text in enumerate(self.questions.asked):
-                rows.append([self.images["base", 0.0][i], *(self.images[name, scale][i] for scale in self.questions.scales)])
+                columns = [("base", 0.0), *((name, scale) for scale in self.questions.scales)]
+                rows.append([self.samples[column][i].picture for column in columns])
                 labels.append(f"{name} · {text}")
         return pictures.sheet(rows, labels, ["base", *(f"scale {scale:g}" for scale in self.questions.scales)], title)
 
@@ -174,6 +183,10 @@ class Judge:
         like, moved = measures.likeness(own[:count], self.true, self.fits), measures.drift(plain[count:], own[count:])
         places = like[measures.resampled(len(like))].mean(1) - moved[measures.resampled(len(moved))].mean(1)
         copies = measures.memorisation(drawn[:count], self.seen)
+        shown = zip(
+            self.questions.asked, pictures.images(pixels[:count]), measures.nearest(drawn, self.seen), copies.tolist(), strict=False
+        )
+        self.samples[name, scale] = [Sample(*one) for one in shown]
         low, high = measures.interval(places)
         return Judged(
             name, step, scale,

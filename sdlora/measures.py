@@ -49,6 +49,11 @@ def memorisation(drawn: Tensor, seen: Tensor) -> Tensor:
     return near.values / own[near.indices].clamp(min=1e-6)
 
 
+def nearest(drawn: Tensor, seen: Tensor) -> list[int]:
+    """The place of the training picture that each picture is nearest to, as `memorisation` measures it."""
+    return [int(place) for place in torch.cdist(drawn, seen).argmin(1)]
+
+
 def copied(ratios: Tensor) -> float:
     """The share of pictures whose `memorisation` is below `COPIED`."""
     return float((ratios < COPIED).float().mean()) if not ratios.isnan().any() else float("nan")

@@ -43,6 +43,14 @@ def encode(picture: Image.Image, texts: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
+def small(picture: Image.Image, most_px: int = 320) -> bytes:
+    """A JPEG for pages, at most so wide and high."""
+    buffer, shown = io.BytesIO(), picture.convert("RGB")
+    shown.thumbnail((most_px, most_px), Image.Resampling.LANCZOS)
+    shown.save(buffer, "JPEG", quality=92, subsampling=0)
+    return buffer.getvalue()
+
+
 def row(images: Sequence[Image.Image], gap: int = 8) -> Image.Image:
     """Pictures of one size beside one another; small ones are enlarged as on a sheet."""
     factor = max(1, round(CELL_PX / min(images[0].size)))

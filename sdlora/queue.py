@@ -1,17 +1,19 @@
 """Runs that wait for one another: a folder of settings files, worked off by one process that outlives whoever filled it.
 
-`ROOT/queue/000007-mira.toml` asks for the run folder `ROOT/mira`. The process at work holds the folder by a lock and runs `sdlora train`
-for one entry after another, so that a run that dies takes nothing else with it. What is kept lies in files alone: whoever looks, and
-whoever comes after a crash, reads the same.
+`ROOT/queue/000007-mira.toml` asks for the run folder `ROOT/mira`, `ROOT/queue/000008-mira%2Fscore.best` for a judging of its checkpoints
+into `ROOT/mira/score`. The process at work holds the folder by a lock and runs `sdlora train` or `sdlora find best` for one entry after
+another, so that one that dies takes nothing else with it. What is kept lies in files alone: whoever looks, and whoever comes after a
+crash, reads the same.
 """
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +23,9 @@ from sdlora import lock, record, safeio, stop
 from sdlora.errors import UserError
 
 FOLDER = "queue"
-WAITING, FAILED, LOG = ".toml", ".failed", ".log"
+WAITING, JUDGING, FAILED, LOG = ".toml", ".best", ".failed", ".log"
+SCORE = "score"
+"""The folder, in that of a run, into which its checkpoints are judged."""
 LOOK_S = 0.5
 STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 """How `sdlora train` ends when it was asked to stop, or was stopped before it could listen."""
@@ -34,17 +38,26 @@ class Entry:
     """A run that is asked for."""
 
     id: str  # its file's name without the ending
-    out: Path  # the run folder
+    out: Path  # the folder that it is made in
     state: Literal["waiting", "running", "failed"]
-    why: str  # the last line that a failed one said
+    said: str  # why a failed one failed, or how far one at work is
 
     @property
     def name(self) -> str:
-        return self.out.name
+        return self.out.name if self.out.name != SCORE else f"{self.out.parent.name}: which checkpoint"
 
 
 def add(root: Path, settings: str, out: Path) -> str:
     """Ask for a run with these settings (TOML) in a folder below the root; returns the entry's id. Raises `UserError`."""
+    return _add(root, settings, out, WAITING)
+
+
+def judge(root: Path, run: Path, scales: Sequence[float], **counts: int) -> str:
+    """Ask for a judging of a run's checkpoints, with `prompts`, `seeds` and `most` of `sdlora find best`; returns the entry's id."""
+    return _add(root, json.dumps({"scales": ",".join(f"{scale:g}" for scale in scales), **counts}), run / SCORE, JUDGING)
+
+
+def _add(root: Path, content: str, out: Path, ending: str) -> str:
     place = out.resolve()
     if not place.is_relative_to(root.resolve()) or place == root.resolve():
         raise UserError("E-QUEUE-01", f"runs of this queue lie in {root}", out, "choose a folder below it")
@@ -55,7 +68,7 @@ def add(root: Path, settings: str, out: Path) -> str:
         raise UserError("E-QUEUE-04", f"{MOST} runs wait already", root / FOLDER, "let some of them end first")
     number = 1 + max((int(one.id.partition("-")[0]) for one in known), default=0)
     name = f"{number:06d}-{quote(place.relative_to(root.resolve()).as_posix(), safe='')}"
-    safeio.write(root / FOLDER / f"{name}{WAITING}", settings)
+    safeio.write(root / FOLDER / f"{name}{ending}", content)
     return name
 
 
@@ -67,12 +80,14 @@ def entries(root: Path) -> list[Entry]:
         number, _, place = path.stem.partition("-")
         out = root / unquote(place)
         inside = out.resolve().is_relative_to(root.resolve())
-        if path.suffix not in (WAITING, FAILED) or not re.fullmatch(r"\d{1,18}", number) or not inside:
+        if path.suffix not in (WAITING, JUDGING, FAILED) or not re.fullmatch(r"\d{1,18}", number) or not inside:
             continue
         if path.suffix == FAILED:
-            found.append(Entry(path.stem, out, "failed", _last_line(path.with_suffix(LOG))))
+            found.append(Entry(path.stem, out, "failed", error_line(_log(path))))
+        elif busy and record.is_running(out):
+            found.append(Entry(path.stem, out, "running", _last_line(_log(path)) if path.suffix == JUDGING else ""))
         else:
-            found.append(Entry(path.stem, out, "running" if busy and record.is_running(out) else "waiting", ""))
+            found.append(Entry(path.stem, out, "waiting", ""))
     return found
 
 
@@ -120,16 +135,27 @@ def _run(root: Path, one: Entry) -> str:
     while record.is_running(one.out):  # begun by somebody else, or by a process before this one, whose run outlived it
         time.sleep(LOOK_S)
     base = root / FOLDER / one.id
-    words = [sys.executable, "-m", "sdlora.cli", "train", "--config", f"{base}{WAITING}", "--out", str(one.out)]
+    asks = next((path for path in map(Path, (f"{base}{WAITING}", f"{base}{JUDGING}")) if path.exists()), None)
+    if asks is None:  # taken out since
+        return "stopped"
     with stop.noted() as asked:
-        code = _followed(words, asked, f"{base}{LOG}")
+        code = _followed([sys.executable, "-m", "sdlora.cli", *_words(asks, one.out)], asked, f"{base}{LOG}")
     if asked:
         return "interrupted"
     if code == 0 or code in STOPPED:
         _remove(root, one.id)
         return "stopped" if code else "finished"
-    safeio.rename(Path(f"{base}{WAITING}"), Path(f"{base}{FAILED}"))
+    safeio.rename(asks, Path(f"{base}{FAILED}"))
     return "failed"
+
+
+def _words(asks: Path, out: Path) -> list[str]:
+    """The command that an entry's file asks for."""
+    if asks.suffix == WAITING:
+        return ["train", "--config", str(asks), "--out", str(out)]
+    table = json.loads(asks.read_text("utf-8"))
+    options = [word for name in ("scales", "prompts", "seeds", "most") if name in table for word in (f"--{name}", str(table[name]))]
+    return ["find", "best", str(out.parent), "--out", str(out), *options]
 
 
 def _followed(words: list[str], asked: list[int], log: str) -> int:
@@ -147,20 +173,28 @@ def _followed(words: list[str], asked: list[int], log: str) -> int:
 
 
 def _remove(root: Path, id: str) -> None:
-    for ending in (WAITING, FAILED, LOG):
+    for ending in (WAITING, JUDGING, FAILED, LOG):
         path = root / FOLDER / f"{id}{ending}"
         if path.exists():
             safeio.remove(path)
 
 
-def _last_line(path: Path) -> str:
+def _log(entry: Path) -> str:
     try:
-        return error_line(path.read_text("utf-8", "replace"))
+        return entry.with_suffix(LOG).read_text("utf-8", "replace")
     except OSError:
         return ""
 
 
+def _lines(said: str) -> list[str]:
+    return [line.strip() for line in said.split("\n") if line.strip()]
+
+
+def _last_line(said: str) -> str:
+    return next(reversed(_lines(said)), "")
+
+
 def error_line(said: str) -> str:
     """The line that says why a run ended, of all that it said."""
-    lines = [line.strip() for line in said.split("\n") if line.strip()]
+    lines = _lines(said)
     return next((line for line in lines if re.search(r"\bE-[A-Z]+-\d", line)), lines[-1] if lines else "")

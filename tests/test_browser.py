@@ -296,13 +296,26 @@ def test_from_pictures_to_a_pack_by_keyboard_and_through_a_reload(browser: Brows
         page.locator("#scale input[type=range]").fill("0")
         assert shown(page, "0") == (base, base)
         assert full != base
+        go(page, "Choose")
+        page.locator("#choose-scales textarea, #choose-scales input").fill("0.5, 1")
+        for place in ("most", "prompts"):
+            page.locator(f"#choose-{place} input").fill("1")
+        page.locator("#judge").focus()
+        page.keyboard.press("Enter")
+        take = page.locator("#choose [data-send='40:0.5']")
+        take.wait_for(timeout=WAIT_MS)
+        expect(page.locator("#choose .choices").first).to_be_visible()
+        loaded(page, "#choose .choices img")
+        take.focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#choose-cli textarea")).to_have_value(re.compile("run keep .*--step 40 --scale 0.5"), timeout=WAIT_MS)
         go(page, "Share")
         expect(page.locator("#readers")).to_contain_text("diffusers", timeout=WAIT_MS)
         page.locator("#public summary").click()
         expect(page.locator("#public")).to_contain_text("modelspec.trigger_phrase")
         page.locator("#make-bundle").focus()
         page.keyboard.press("Enter")
-        expect(page.locator("#bundle")).to_contain_text("nori.zip", timeout=WAIT_MS)
+        expect(page.locator("#bundle")).to_contain_text("nori-40.zip", timeout=WAIT_MS)
         with page.expect_download() as coming:
             page.locator("#bundle").click()
         coming.value.save_as(tmp_path / "nori.zip")
@@ -310,6 +323,6 @@ def test_from_pictures_to_a_pack_by_keyboard_and_through_a_reload(browser: Brows
     with zipfile.ZipFile(tmp_path / "nori.zip") as archive:
         archive.extractall(tmp_path / "bundle")
     pipeline = DiffusionPipeline.from_pretrained(str(EMBEDDED), local_files_only=True)
-    pipeline.load_lora_weights(str(tmp_path / "bundle"), weight_name="nori.safetensors")
+    pipeline.load_lora_weights(str(tmp_path / "bundle"), weight_name="nori-40.safetensors")
     assert pipeline.get_active_adapters()
     assert "nori with a hat" in [path.read_text().strip() for path in (tmp_path / "root" / "projects" / "nori" / "pictures").rglob("*.txt")]

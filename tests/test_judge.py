@@ -218,7 +218,9 @@ def test_a_run_is_judged_and_left_as_it_is(run: Path, tmp_path: Path) -> None:
         ("base", 0.0), ("step 2", 0.5), ("step 2", 1.0), ("step 6", 0.5), ("step 6", 1.0),
     ]  # fmt: skip
     assert table["likeness_to"] == "pictures held out"
-    assert {path.name for path in (copy / "score").glob("*.*")} == {"score.json", "grid.png", "front.png"}
+    assert {path.name for path in (copy / "score").glob("*.*")} == {
+        "score.json", "score.html", "grid.png", "front.png", "following.png",
+    }  # fmt: skip
 
 
 def test_a_pack_is_judged_by_a_folder(run: Path, squares: Path, tmp_path: Path) -> None:
@@ -296,3 +298,59 @@ def test_a_run_without_a_checkpoint_is_refused(run: Path, tmp_path: Path) -> Non
     shutil.copytree(run, copy := tmp_path / "mira", ignore=shutil.ignore_patterns("checkpoints"))
     with pytest.raises(UserError, match="E-RUN-08"):
         api.find_best(copy, ASKING)
+
+
+def test_what_was_judged_is_a_page_that_holds_all_it_shows(run: Path, tmp_path: Path) -> None:
+    """Each picture stands beside the training picture that it is nearest to, and nothing of a judging before is left."""
+    out = tmp_path / "score"
+    (out / "pictures").mkdir(parents=True)
+    (out / "pictures" / "9-9-9.jpg").write_bytes(b"old")
+    (done,) = [event for event in api.find_best(run, ASKING, out=out) if event.kind == "done"]
+    table = api.read_judged(out)
+    assert table == done.data
+    rows = table["pictures"]
+    assert len(rows) == 2 * len(table["rows"]), "of each row of figures, both prompts that name the trigger"
+    assert {path.name for path in (out / "pictures").iterdir()} == {
+        Path(row[key]).name for row in rows for key in ("file", "nearest")
+    }  # fmt: skip
+    page = (out / "score.html").read_text()
+    assert page.count("<img") == 2 * len(rows) + 2
+    assert page.count('src="data:image/') == page.count("src=")
+    assert page.count('class="best"') == (2 if table["recommended"]["step"] else 0)
+    found = measures.nearest(torch.tensor([[0.0, 1.0], [5.0, 0.0]]), torch.tensor([[4.0, 0.0], [0.0, 0.0]]))
+    assert found == [1, 0]
+
+
+def test_a_damaged_or_hostile_score_shows_nothing_of_the_disk(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "score"
+    [*api.find_best(run, ASKING, out=out)]
+    table = json.loads((out / "score.json").read_text())
+    for row in table["pictures"]:
+        row["file"] = "../mira.safetensors"
+    asked: list[str] = []
+    shown = api.judged_body({**table, "words": "<b>x</b>"}, lambda name: asked.append(name) or name)
+    assert asked == ["front.png", "following.png"]
+    assert "<b>x</b>" not in shown
+    for text in ("", "[]", '{"rows": 3}', json.dumps({**table, "rows": [{}]})):
+        (out / "score.json").write_text(text)
+        assert api.read_judged(out) == {}
+
+
+def test_a_checkpoint_that_was_chosen_becomes_a_pack(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, copy := tmp_path / "mira")
+    path = api.keep_checkpoint(copy, 2, 0.75)
+    assert path == copy / "mira-2.safetensors"
+    pack, own = api.open_pack(path), api.open_pack(copy / "mira.safetensors")
+    settled = api.settle(settings.read(copy / "config.toml"))
+    (found,) = best.checkpoints(settled, family.find(settled.base), copy, 1, [2]).values()
+    assert all(torch.equal(pack.tensors[key], tensor) for key, tensor in found.tensors.items())
+    assert (pack.recommended_scale, pack.trigger, pack.metadata["ss_steps"]) == (0.75, own.trigger, "2")
+    assert pack.metadata["sdlora.checkpoint"] == "2"
+    again = api.keep_checkpoint(copy, 6, 1.0, tmp_path / "last.safetensors")
+    assert api.open_pack(again).sha256 == own.sha256, "the last step's is the run's own"
+    for step, code in ((3, "E-RUN-08"),):
+        with pytest.raises(UserError, match=code):
+            api.keep_checkpoint(copy, step, 1.0)
+    (copy / "mira.safetensors").unlink()
+    with pytest.raises(UserError, match="E-RUN-09"):
+        api.keep_checkpoint(copy, 2, 1.0)

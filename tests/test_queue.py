@@ -34,7 +34,7 @@ def test_runs_are_taken_in_their_order_and_a_failed_one_stops_no_other(tmp_path:
     ]  # fmt: skip
     assert [words[-1] for words in said] == [str(tmp_path / place) for place in ("a", "deep/b", "c d")]
     (left,) = queue.entries(tmp_path)
-    assert (left.id, left.state, left.why) == (names[1], "failed", "error: E-DATA-02 · no usable picture")
+    assert (left.id, left.state, left.said) == (names[1], "failed", "error: E-DATA-02 · no usable picture")
     queue.take_out(tmp_path, left.id)
     assert list((tmp_path / "queue").iterdir()) == []
 

@@ -114,13 +114,9 @@ def new_house(data_root: Path, folder: Path, listens: bool = False) -> "House":
 
     projects, links = Projects(data_root, listens), Links()
 
-    def busy() -> str:
-        one = projects.busy()
-        return one.name if one else ""
-
     pictures = folder / "pictures"
     pictures.mkdir(exist_ok=True)
-    return House(projects, links, Live(projects, links), Easel(Shelf(data_root), pictures, busy))
+    return House(projects, links, Live(projects, links), Easel(Shelf(data_root), pictures, projects.busy))
 
 
 def build(house: "House") -> "gr.Blocks":

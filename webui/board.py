@@ -4,6 +4,7 @@ from typing import Any
 
 import gradio as gr
 
+from webui.choose import Choose
 from webui.gather import Gather, Home
 from webui.goal import Goal
 from webui.house import PRIVATE, House, Values, toasts
@@ -37,7 +38,9 @@ class Board:
                 self.watch = Watch(house)
             with gr.Tab("5 Studio", id="studio") as studio:
                 self.studio = Page(house.easel, studio.select, house.links)
-            with gr.Tab("6 Share", id="share") as share:
+            with gr.Tab("6 Choose", id="choose") as choose:
+                self.choose = Choose(house, choose.select)
+            with gr.Tab("7 Share", id="share") as share:
                 self.share = Share(house, share.select)
         self._events(page)
         captions.select(self.words_now, {self.project}, self._of(self.words), **QUIET)

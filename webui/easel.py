@@ -180,7 +180,7 @@ class Easel:
     def _studio(self, base: str) -> Studio:
         busy = self.busy()
         if busy:
-            what = f'the studio rests while "{busy}" is training, so that the run has the memory to itself'
+            what = f'the studio rests while "{busy}" is at work, so that the run has the memory to itself'
             raise UserError("E-UI-05", what, "", "ask the run for a picture on the page Watch, or pause it there")
         with self._keeping:
             if base not in self._studios:

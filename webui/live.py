@@ -54,6 +54,28 @@ class Live:
             body = EMPTY.format("The run is about to begin: its pictures are read and the base is loaded.")
         return body + self._queue()
 
+    def choose(self, id: str) -> str:
+        """What a judging of a run's checkpoints found, and how far one is that is under way."""
+        try:
+            folder = self.projects.run(id).folder / api.SCORE if id else None
+        except UserError:
+            folder = None
+        if folder is None:
+            return EMPTY.format("Choose a run that has trained.")
+        going = next((one for one in api.queued(self.projects.root) if one.out == folder), None)
+        said = ""
+        if going:
+            state = {"running": "is judged now"}.get(going.state, STATES[going.state])
+            said = f'<p role="status"><span class="badge {going.state}">{state}</span> {escape(going.said)}</p>'
+        table = api.read_judged(folder)
+        if not table:
+            return said or EMPTY.format("Not judged yet. Judging draws each checkpoint at each scale, and says which to use.")
+
+        def take(step: int, scale: float) -> str:
+            return f'<button type="button" data-to="choice-sent" data-send="{step}:{scale:g}">Use</button>'
+
+        return said + api.judged_body(table, lambda name: self.links.to(folder / name), take)
+
     def pictures(self, name: str) -> str:
         """The pictures of a project with what becomes of each."""
         if not name:
@@ -155,7 +177,7 @@ class Live:
     def _queue(self) -> str:
         queue = api.queued(self.projects.root)
         lines = "".join(
-            f'<li><b>{escape(one.name)}</b> <span class="badge {one.state}">{STATES[one.state]}</span> {escape(one.why)} '
+            f'<li><b>{escape(one.name)}</b> <span class="badge {one.state}">{STATES[one.state]}</span> {escape(one.said)} '
             + (
                 ""
                 if one.state == "running"

@@ -13,7 +13,7 @@
         const focus = document.activeElement && part.contains(document.activeElement) ? document.activeElement.dataset.send : null;
         const opened = [...part.querySelectorAll("details")].map(one => one.open);
         part.innerHTML = await answer.text();
-        part.querySelectorAll("details").forEach((one, i) => { one.open = Boolean(opened[i]); });
+        part.querySelectorAll("details").forEach((one, i) => { one.open = opened[i] ?? one.open; });
         if (focus) part.querySelector(`[data-send="${CSS.escape(focus)}"]`)?.focus();
       }
       part.classList.remove("lost");

@@ -217,9 +217,11 @@ class Projects:
     def id_of(self, one: Record) -> str:
         return one.folder.relative_to(self.root).as_posix()
 
-    def busy(self) -> Record | None:
-        """The run that is at work now."""
-        return next((one for one in self.runs() if one.state == "running"), None)
+    def busy(self) -> str:
+        """What is at work on the device now, a run or a judging; nothing if nothing is."""
+        running = [one.name for one in self.runs() if one.state == "running"]
+        running += [one.name for one in api.queued(self.root) if one.state == "running"]
+        return next(iter(running), "")
 
     def _copy(self, project: Project, pairs: Sequence[tuple[Path, str]]) -> int:
         wanted = [(path, name) for path, name in pairs if path.suffix.lower() in (*SUFFIXES, *BESIDE)]

@@ -39,6 +39,11 @@ def add_routes(app: FastAPI, house: House, login: Login | None) -> None:
         house.easel.make_room()
         return _unless_known(request, house.live.watch(run))
 
+    def choose(request: Request, run: str) -> Response:
+        api.start_queue(house.projects.root)
+        house.easel.make_room()
+        return _unless_known(request, house.live.choose(run))
+
     def shown(token: str) -> Response:
         found = house.links.content(token)
         if found is None:
@@ -51,6 +56,7 @@ def add_routes(app: FastAPI, house: House, login: Login | None) -> None:
     app.get("/live/home")(home)
     app.get("/live/pictures/{name:path}")(pictures)
     app.get("/live/watch/{run:path}")(watch)
+    app.get("/live/choose/{run:path}")(choose)
     app.get("/shown/{token}")(shown)
     if login:
         _add_login(app, login)

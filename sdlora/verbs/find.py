@@ -161,7 +161,9 @@ def best(
     most: Annotated[int, typer.Option(help="checkpoints of a run", min=1)] = 6,
     eyes: Annotated[str, typer.Option(help="what compares pictures: auto, base, dinov2, clip, a folder or a hub id")] = "auto",
     base: Annotated[str, typer.Option(help="base model; default: the run's or the pack's own")] = "",
-    out: Annotated[Optional[Path], typer.Option(help="folder for score.json and two pictures; default: beside it", metavar="DIR")] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(help="folder for score.json, score.html and pictures; default: beside it", metavar="DIR")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print all of it as JSON")] = False,
 ) -> None:
     """Say which checkpoint and which scale to use, and why."""

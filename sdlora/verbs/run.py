@@ -100,6 +100,21 @@ def average(
         say(f"{path}: the mean of steps {pack.metadata['sdlora.average_of_steps']}")
 
 
+@app.command()
+def keep(
+    run: Folder,
+    step: Annotated[int, typer.Option(min=1, help="of the checkpoint")],
+    scale: Annotated[float, typer.Option(min=-4, max=4, help="scale that the pack recommends")] = 1.0,
+    out: Annotated[Optional[Path], typer.Option(help="pack to write; default: NAME-STEP.safetensors in the run folder")] = None,
+) -> None:
+    """Write a checkpoint of a finished run as a pack, as the one that `sdlora find best` recommends."""
+    with shown_errors():
+        from sdlora import api
+
+        checked(run)
+        say(f"{api.keep_checkpoint(run, step, scale, out)}: step {step}, to be used at scale {scale:g}")
+
+
 def attach(run: Path) -> None:
     """Show what was, and what comes until the run ends."""
     from sdlora import record
