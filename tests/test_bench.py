@@ -16,6 +16,7 @@ import gpu
 import rows
 import scale
 import script
+import soak
 import speed
 
 PAGE = "# Figures\n\n<!-- one -->\nold\n<!-- end of one -->\n\nbetween\n\n<!-- two -->\nkept\n<!-- end of two -->\n"
@@ -114,3 +115,18 @@ time.sleep(0.1 * int(told["--max_train_steps"]))
 """)
     script.TRIES = 1
     assert script.seconds(file, True, 64)[0] == pytest.approx(0.1, abs=0.3)
+
+
+@pytest.mark.slow
+def test_a_soak_weighs_a_server_that_draws(tmp_path: Path) -> None:
+    soak.make_pack(tmp_path)
+    found = soak.soaked(tmp_path, 12, 120.0, 1)
+    assert found["generations"] == 12
+    assert min(found["RSS MB"]) > 100
+    assert min(found["open files"]) > 3
+    assert min(found["threads"]) > 1
+
+
+def test_drift_is_told_from_warming_up() -> None:
+    assert soak.drift([50, 90, *[100] * 18]) == pytest.approx(0)
+    assert soak.drift([100] * 10 + [106] * 10) == pytest.approx(0.06)
