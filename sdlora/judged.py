@@ -67,7 +67,7 @@ def page(out: Path) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{title} · sdlora</title>'
-        f"<style>{STYLE.read_text('utf-8')}</style></head><body class=wide-page><header><h1>{title}</h1></header>"
+        f"<style>{STYLE.read_text('utf-8')}</style></head><body><header><h1>{title}</h1></header>"
         f"<main>{body(table, inside)}</main></body></html>\n"
     )
 

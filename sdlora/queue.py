@@ -44,7 +44,8 @@ class Entry:
 
     @property
     def name(self) -> str:
-        return self.out.name if self.out.name != SCORE else f"{self.out.parent.name}: which checkpoint"
+        judges = self.out.name == SCORE and record.is_run(self.out.parent)
+        return f"{self.out.parent.name}: which checkpoint" if judges else self.out.name
 
 
 def add(root: Path, settings: str, out: Path) -> str:

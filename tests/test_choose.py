@@ -51,6 +51,8 @@ def test_checkpoints_are_judged_by_the_queue_and_shown(choose: Choose, house: Ho
     assert "waits for its turn" in house.live.choose("mira")
     with pytest.raises(gr.Error, match="E-QUEUE-02"):
         choose.judge(values(choose))
+    with pytest.raises(gr.Error, match="E-UI-21"):
+        choose.judge(values(choose, scales=",".join(["1"] * 51)))
     with pytest.raises(gr.Error, match="E-UI-19"):
         choose.export(values(choose))
     assert [end for _, end in queue.work(root)] == ["begins", "finished"]

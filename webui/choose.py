@@ -15,6 +15,8 @@ LEAD = (
     "compared with the pictures that it was to learn and with what the base draws.</p>"
 )
 SCALES = "0.5, 0.75, 1, 1.25"
+MOST = 50
+"""Checkpoints, prompts and scales, of each, that are asked for at once."""
 
 
 class Choose:
@@ -27,8 +29,8 @@ class Choose:
         with gr.Row(equal_height=True):
             self.run = gr.Dropdown([], value=None, label="Run", elem_id="choose-run", scale=2, min_width=200)
             self.scales = gr.Textbox(SCALES, label="Scales", elem_id="choose-scales", max_length=100, min_width=150)
-            self.most = gr.Number(4, label="Checkpoints", precision=0, minimum=1, maximum=50, elem_id="choose-most", min_width=90)
-            self.prompts = gr.Number(6, label="Prompts", precision=0, minimum=1, maximum=50, elem_id="choose-prompts", min_width=90)
+            self.most = gr.Number(4, label="Checkpoints", precision=0, minimum=1, maximum=MOST, elem_id="choose-most", min_width=90)
+            self.prompts = gr.Number(6, label="Prompts", precision=0, minimum=1, maximum=MOST, elem_id="choose-prompts", min_width=90)
             self.begin = gr.Button("Judge", variant="primary", elem_id="judge", elem_classes="beside", scale=0, size="md", min_width=110)
         self.body = gr.HTML(part("/live/choose/"), elem_id="choose", padding=False)
         with gr.Row():
@@ -62,10 +64,12 @@ class Choose:
         with toasts():
             one, root = self._run(values), self.house.projects.root
             scales = [api.parse_scale(text.strip()) for text in (values[self.scales] or SCALES).split(",")]
-            counts = {"most": int(values[self.most] or 4), "prompts": int(values[self.prompts] or 6)}
+            counts = {"most": count(values[self.most], 4), "prompts": count(values[self.prompts], 6)}
+            if len(scales) > MOST:
+                raise UserError("E-UI-21", f"{len(scales)} scales are more than are judged at once", "scales", f"name {MOST} at most")
             self.house.easel.rest()
             api.enqueue_judging(root, one.folder, scales, **counts)
-        options = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
+        options = [word for name, number in counts.items() for word in (f"--{name}", str(number))]
         words = ["sdlora", "find", "best", str(one.folder), "--scales", ",".join(f"{scale:g}" for scale in scales), *options]
         return {self.command: shlex.join(words)}
 
@@ -96,3 +100,8 @@ class Choose:
 
     def _run(self, values: Values) -> Record:
         return self.house.projects.run(values[self.run] or "")
+
+
+def count(said: Any, usual: int) -> int:
+    """A number of things that the page was given; what it lacks is the usual one."""
+    return min(MOST, max(1, int(said or usual)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdlora.api import UserError
 
-SKIPPED = {"cache", "checkpoints", "score", "projects", "queue"}  # folders of a run that hold no finished packs
+SKIPPED = {"cache", "checkpoints", "projects", "queue"}  # folders of a run that hold no finished packs
 
 
 @dataclass(frozen=True)
