@@ -1,10 +1,14 @@
 """The page's server, attacked: what it gives out, whom it lets in, how much it takes."""
 
+import contextlib
 import http.client
 import json
 import os
 import re
 import secrets
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,7 +133,17 @@ def payloads(root: Path, outputs: str) -> list[str]:
 def test_no_path_that_a_client_thinks_up_leads_to_a_file(call: Caller, root: Path, served: Served) -> None:
     tried, outputs = payloads(root, served.folder.name), served.folder.name
     assert len(tried) >= 60
-    for place in ("/gradio_api/file=", "/gradio_api/file/", "/shown/", "/live/pictures/", "/live/watch/", "/assets/", "/static/", "/"):
+    for place in (
+        "/gradio_api/file=",
+        "/gradio_api/file/",
+        "/shown/",
+        "/live/pictures/",
+        "/live/watch/",
+        "/live/choose/",
+        "/assets/",
+        "/static/",
+        "/",
+    ):
         for payload in tried:
             status, _, content = call("GET", place + payload.replace(" ", "%20").replace("\0", "%00"))
             assert SECRET.encode() not in content, (place, payload)
@@ -167,6 +181,53 @@ def test_no_argument_of_a_call_leads_to_a_file(root: Path, served: Served) -> No
             house.projects.allowed(typed)
     with pytest.raises(UserError, match="E-UI-06"):  # and none at all where others can reach the page
         app.new_house(root, Path(served.folder.name), listens=True).projects.allowed("pictures")
+
+
+FILES = ("file", "uploadbutton")
+"""Components that take files."""
+
+
+class Listener:
+    """A server on this machine that counts who comes."""
+
+    def __init__(self) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port, self.came = self.socket.getsockname()[1], 0
+        threading.Thread(target=self._count, daemon=True).start()
+
+    def _count(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self.socket.accept()[0].close()
+                self.came += 1
+
+
+def test_no_address_in_a_call_is_fetched(call: Caller) -> None:
+    """Every event of the page that takes a file is given one that is said to lie at an address of this machine."""
+    listener = Listener()
+    config = json.loads(call("GET", "/config")[2])
+    kinds = {one["id"]: one["type"] for one in config["components"]}
+    takers = [one for one in config["dependencies"] if any(kinds[place] in FILES for place in one["inputs"])]
+    assert len(takers) >= 4
+    for host in ("127.0.0.1", "0x7f000001", "[::ffff:127.0.0.1]", "localhost"):
+        address = f"http://{host}:{listener.port}/a.png"
+        for path in (address, f"/gradio_api/file={address}", ""):
+            given = {"path": path, "url": address, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+            for one in takers:
+                data = [given if kinds[place] in FILES else None for place in one["inputs"]]
+                body = {"data": data, "fn_index": one["id"], "session_hash": "ssrf", "trigger_id": one["inputs"][0]}
+                call("POST", "/gradio_api/queue/join", json.dumps(body).encode(), content_type="application/json")
+        said = call("GET", "/gradio_api/queue/data?session_hash=ssrf")[2].decode()  # answers when all of them are through
+        assert said.count("process_completed") >= len(takers)
+        assert '"success": true' not in said
+    assert listener.came == 0
+    with contextlib.closing(socket.create_connection(("127.0.0.1", listener.port))):  # the control: it would have been counted
+        for _ in range(100):
+            if listener.came:
+                break
+            time.sleep(0.02)
+    assert listener.came == 1
+    listener.socket.close()
 
 
 def test_a_setting_names_no_file_outside(root: Path, tmp_path: Path) -> None:
