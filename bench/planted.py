@@ -12,7 +12,8 @@ Each of `--seeds` judgings draws with noise of its own, as `sdlora find best` do
 
 The protocol, settled before anything was judged by it. The first reading is *all at scale 1*, as a user gets a pack of which nothing is
 recommended yet: only there does a wrong strength differ from the right one. The second is each *at the scale that suits it best*, of
-`OTHERS` for the others than the good one, and without too strong, which is the good one by construction. Then how far the scale that a
+`OTHERS` for the others than the good one, and without too strong, which is the good one by construction. A third, which favours the good
+one, has it at the scale that all other judgings recommend, and the others at 1. Then how far the scale that a
 judging recommends for the good one is from the best in hindsight, and what the checkpoint that it chooses loses on the best in hindsight,
 by the mean score of all other judgings.
 """

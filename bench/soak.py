@@ -57,18 +57,15 @@ def soaked(root: Path, generations: int, seconds: float, steps: int) -> dict[str
         server.stdout.readline()  # it is there
         page = Client(f"http://{app.HOST}:{port}", verbose=False)
         (pack,) = page.predict(api_name="/packs")
-        began, sizes, files, threads = time.monotonic(), list[int](), list[int](), list[int]()
-        while len(sizes) < generations and time.monotonic() - began < seconds:
-            number = len(sizes)
-            page.predict(pack, "mira in the sea", number % 40 / 20, number, steps, 3.0, "", api_name="/draw")
-            size, count, open_files = weighed(server.pid)
-            sizes.append(size)
-            threads.append(count)
-            files.append(open_files)
+        began, found = time.monotonic(), list[tuple[int, int, int]]()
+        while len(found) < generations and time.monotonic() - began < seconds:
+            page.predict(pack, "mira in the sea", len(found) % 40 / 20, len(found), steps, 3.0, "", api_name="/draw")
+            found.append(weighed(server.pid))
         took = time.monotonic() - began
     finally:
         server.terminate()
         server.wait(20)
+    sizes, threads, files = zip(*found, strict=True)
     return {
         "generations": len(sizes), "seconds": round(took, 1), "drift": round(drift(sizes), 4),
         "RSS MB": [size // 2**20 for size in spread(sizes)], "open files": spread(files), "threads": spread(threads),

@@ -48,6 +48,7 @@ from sdlora.generate import Recipe
 from sdlora.judge import Asking
 from sdlora.judged import body as judged_body
 from sdlora.judged import read as read_judged
+from sdlora.judged import style as judged_style
 from sdlora.kinds import Wanted as KindsWanted
 from sdlora.kinds import find as find_kind
 from sdlora.making import bake_packs, compare_packs, extract_pack, merge_packs, pack_spectrum, resize_pack
@@ -132,6 +133,7 @@ __all__ = [
     "inspect_base",
     "is_cast",
     "judged_body",
+    "judged_style",
     "keep_checkpoint",
     "leads",
     "merge_packs",

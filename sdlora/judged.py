@@ -12,7 +12,7 @@ from sdlora import pictures, safeio
 from sdlora.judge import Judge, Sample
 
 FOLDER = "pictures"
-STYLE = Path(__file__).parent / "report.css"
+HERE = Path(__file__).parent
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """What the page may load: nothing but what it holds."""
 INSIDE = re.compile(rf"{FOLDER}/[\w.+-]+\.jpg|\w+\.png")
@@ -55,6 +55,11 @@ def read(out: Path) -> dict[str, Any]:
     return dict(table)
 
 
+def style() -> str:
+    """What `body` needs of a page's style."""
+    return (HERE / "judged.css").read_text("utf-8")
+
+
 def page(out: Path) -> str:
     """A page that holds all that it shows."""
 
@@ -67,7 +72,7 @@ def page(out: Path) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{title} · sdlora</title>'
-        f"<style>{STYLE.read_text('utf-8')}</style></head><body><header><h1>{title}</h1></header>"
+        f"<style>{(HERE / 'report.css').read_text('utf-8')}{style()}</style></head><body><header><h1>{title}</h1></header>"
         f"<main>{body(table, inside)}</main></body></html>\n"
     )
 

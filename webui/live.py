@@ -62,7 +62,7 @@ class Live:
             folder = None
         if folder is None:
             return EMPTY.format("Choose a run that has trained.")
-        going = next((one for one in api.queued(self.projects.root) if one.out == folder), None)
+        going = next((one for one in reversed(api.queued(self.projects.root)) if one.out == folder), None)
         said = ""
         if going:
             state = {"running": "is judged now"}.get(going.state, STATES[going.state])

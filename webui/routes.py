@@ -25,7 +25,8 @@ def add_routes(app: FastAPI, house: House, login: Login | None) -> None:
         return JSONResponse({"status": "ok"})
 
     def written(name: str) -> Response:
-        return Response((HERE / name).read_text("utf-8"), media_type=TEXTS[name])
+        text = (HERE / name).read_text("utf-8") + (api.judged_style() if name == "page.css" else "")
+        return Response(text, media_type=TEXTS[name])
 
     def home(request: Request) -> Response:
         api.start_queue(house.projects.root)  # whoever looks sees to it that what waits is trained, too
