@@ -14,7 +14,7 @@ from small import new_tokenizer, numbers, random_pack
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
-from sdlora import api, best, course, eyes, family, measures, settings, state
+from sdlora import api, best, course, eyes, family, lock, measures, settings, state
 from sdlora.errors import UserError
 from sdlora.judge import Judge, Questions, Truth
 
@@ -334,6 +334,12 @@ def test_a_damaged_or_hostile_score_shows_nothing_of_the_disk(run: Path, tmp_pat
     for text in ("", "[]", '{"rows": 3}', json.dumps({**table, "rows": [{}]})):
         (out / "score.json").write_text(text)
         assert api.read_judged(out) == {}
+
+
+def test_a_folder_is_judged_into_by_one_at_a_time(run: Path, tmp_path: Path) -> None:
+    with lock.held(tmp_path / "score"), pytest.raises(UserError, match="E-RUN-05"):
+        [*api.find_best(run, ASKING, out=tmp_path / "score")]
+    assert not (tmp_path / "score").exists()
 
 
 def test_a_checkpoint_that_was_chosen_becomes_a_pack(run: Path, tmp_path: Path) -> None:
