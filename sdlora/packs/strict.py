@@ -46,6 +46,9 @@ def parse(content: bytes, where: object) -> tuple[dict[str, Entry], dict[str, st
         if not other:
             other = f"its header would be {length} bytes long, of {len(content)} in all"
         raise refused(f"no safetensors file, but {other}" if "its header" not in other else f"no safetensors file: {other}", where)
+    count = content.count(b'"data_offsets"', 8, 8 + length)
+    if count > MAX_TENSORS:  # before anything is made of so many
+        raise refused(f"it holds {count} tensors; 1 to {MAX_TENSORS} are sound", where)
     try:
         table = json.loads(content[8 : 8 + length].decode("utf-8"), object_pairs_hook=_once, parse_constant=_number)
         metadata = _metadata(table.pop("__metadata__", {}))
