@@ -179,13 +179,6 @@ class Route:
             start = end
         return found
 
-    def repeated(self, times: int) -> "Route":
-        """The route of the batch laid `times` times behind itself, as guidance needs it."""
-        strength = self.strength
-        if self.index is None:
-            return Route(strength.repeat(times, 1) if strength.ndim == 2 else strength, None, self.active)
-        return Route(strength if len(strength) == 1 else strength.repeat(times), self.index.repeat(times), self.active)
-
 
 def wide(strength: Tensor, like: Tensor) -> Tensor:
     """Strengths (B,) or (1,) in the shape that multiplies a batch (B, ...)."""

@@ -31,7 +31,9 @@ app.add_typer(workshop.app, name="pack")
 app.registered_commands += fleet.app.registered_commands  # a verb of its own, not a group
 TINY = "tiny, the embedded base, draws 64 px icons, to show that all works. For real pictures name a Stable Diffusion model with --base."
 
-Packs = Annotated[Optional[list[str]], typer.Argument(help="packs to use, each PACK or PACK:SCALE", metavar="[PACK[:SCALE]]...")]
+Packs = Annotated[
+    Optional[list[str]], typer.Argument(help="packs to use; a second scale is the text encoder's own", metavar="[PACK[:SCALE[:SCALE]]]...")
+]
 Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=C", help="set one setting; may be repeated")]
 Config = Annotated[Optional[Path], typer.Option(help="TOML file of settings")]
 BASES = "tiny, a diffusers folder, a .safetensors checkpoint, or a hub id"
@@ -139,10 +141,11 @@ def generate(
         from sdlora import api
 
         studio, scales = opened(packs or [], base, scale, vae, partial)
-        recipe = studio.recipe(prompt, size, guidance, negative=negative, seed=seed, steps=steps, scales=scales)
+        recipe = studio.recipe(prompt, size, guidance, negative=negative, seed=seed, steps=steps, **scales)
         warn_of_cuts(studio, [prompt, negative])
         api.save_picture(out, studio, studio.render([recipe])[0], recipe)
-        say(f"{out}  ({', '.join(f'{n} at scale {s:g}' for n, s in scales) or 'the base alone'})")
+        text = {name: f", {scale:g} in the text encoder" for name, scale in recipe.text_scales}
+        say(f"{out}  ({', '.join(f'{n} at scale {s:g}{text.get(n, str())}' for n, s in recipe.scales) or 'the base alone'})")
         advise_on_tiny(studio.family.base.name)
 
 
@@ -261,23 +264,24 @@ def follow_cast(runs: "list[Run]", out: Path) -> None:
         say(TINY)
 
 
-def opened(packs: list[str], base: str, scale: str, vae: str, partial: bool = False) -> "tuple[Studio, tuple[tuple[str, float], ...]]":
-    """A studio with the packs named on the command line, and the scale of each."""
+def opened(packs: list[str], base: str, scale: str, vae: str, partial: bool = False) -> "tuple[Studio, dict[str, Any]]":
+    """A studio with the packs named on the command line, and their scales as a recipe has them."""
     from sdlora import api
 
     everywhere = api.parse_scale(scale) if scale else None
     parsed = [api.parse_pack(text) for text in packs]
-    read = [api.open_pack(path) for path, _ in parsed]
+    read = [api.open_pack(named.path) for named in parsed]
     studio = api.open_studio(read, base, vae, partial)
     for line in studio.remarks():
         say(f"warning: {line}", error=True)
     for name in studio.otherwise_read():
         say(f"warning: {name} was trained with other settings of text than the first pack, as which prompts are read", error=True)
-    scales = []
-    for (name, pack), (_, own) in zip(studio.packs.items(), parsed, strict=True):
+    scales, text_scales = [], []
+    for (name, pack), named in zip(studio.packs.items(), parsed, strict=True):
         usual = pack.recommended_scale if everywhere is None else everywhere
-        scales.append((name, usual if own is None else own))
-    return studio, tuple(scales)
+        scales.append((name, usual if named.scale is None else named.scale))
+        text_scales += [] if named.text_scale is None else [(name, named.text_scale)]
+    return studio, {"scales": tuple(scales), "text_scales": tuple(text_scales)}
 
 
 def report(ledger: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ class Recipe:
     width: int = 0  # px
     height: int = 0
     scales: tuple[tuple[str, float], ...] = ()  # (adapter, scale); an adapter not named is off
+    text_scales: tuple[tuple[str, float], ...] = ()  # those whose scale in the text encoders is another than in the UNet
 
     def at(self, **changes: object) -> "Recipe":
         """The recipe with something changed."""
@@ -54,16 +55,15 @@ def render(family: Family, bank: Bank, recipes: Sequence[Recipe], batch: int = 0
 
 def _render(family: Family, bank: Bank, recipes: Sequence[Recipe]) -> Tensor:
     first = recipes[0]
-    wanted = [dict(recipe.scales) for recipe in recipes]
-    bank.use({name: torch.tensor([row.get(name, 0.0) for row in wanted], device=family.device) for name in bank.adapters})
     scheduler = family.new_scheduler()
     scheduler.set_timesteps(first.steps, device=family.device)
     latents = torch.stack([initial_latents(family, recipe) for recipe in recipes]).to(family.device) * scheduler.init_noise_sigma
     guided = first.guidance > 1
+    _let(bank, [dict(recipe.scales) | dict(recipe.text_scales) for recipe in recipes], family.device)
     states = family.states(family.tokens([recipe.prompt for recipe in recipes]))
     if guided:
         states = torch.cat([family.states(family.tokens([recipe.negative for recipe in recipes])), states])
-        bank.route = bank.route and bank.route.repeated(2)
+    _let(bank, [dict(recipe.scales) for recipe in recipes] * (2 if guided else 1), family.device)
     for t in scheduler.timesteps:
         x = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, t)
         predicted = family.predict(x, t.expand(len(x)), states).float()
@@ -72,3 +72,8 @@ def _render(family: Family, bank: Bank, recipes: Sequence[Recipe]) -> Tensor:
             predicted = empty + first.guidance * (said - empty)
         latents = scheduler.step(predicted, t, latents).prev_sample
     return (family.decode(latents) / 2 + 0.5).clamp(0, 1)
+
+
+def _let(bank: Bank, rows: Sequence[dict[str, float]], device: torch.device) -> None:
+    """Let each row of the batch have its own scale of each adapter."""
+    bank.use({name: torch.tensor([row.get(name, 0.0) for row in rows], device=device) for name in bank.adapters})

@@ -26,7 +26,9 @@ def images(pixels: Tensor) -> list[Image.Image]:
 def png(picture: Image.Image, recipe: Recipe, base: str, packs: Sequence[str]) -> bytes:
     """A PNG that says how it was made: as JSON under `sdlora`, and as text under `parameters`, where other programs look."""
     table: dict[str, Any] = asdict(recipe) | {"base": base, "packs": list(packs)}
-    tags = "".join(f" <lora:{name}:{scale:g}>" for name, scale in recipe.scales)
+    text = dict(recipe.text_scales)  # those programs name the text encoder's first
+    apart = {name: f"{text[name]:g}:" for name in text}
+    tags = "".join(f" <lora:{name}:{apart.get(name, '')}{scale:g}>" for name, scale in recipe.scales)
     size = f"Size: {recipe.width}x{recipe.height}"
     lines = [recipe.prompt + tags, f"Negative prompt: {recipe.negative}"] if recipe.negative else [recipe.prompt + tags]
     lines.append(f"Steps: {recipe.steps}, Sampler: DDIM, CFG scale: {recipe.guidance:g}, Seed: {recipe.seed}, {size}, Model: {base}")

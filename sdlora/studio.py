@@ -1,8 +1,10 @@
 """One base in memory, any number of packs on it, pictures on demand: what the command line and the web page generate with."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -95,7 +97,7 @@ class Studio:
     def strips(self, recipes: Sequence[Recipe], names: Iterable[str], scales: Sequence[float]) -> list[list[Image.Image]]:
         """For each recipe: the base, then every scale. The bases are rendered without an adapter, in batches of a strip's size."""
         adapters = list(names)
-        plain = [recipe.at(scales=()) for recipe in recipes]
+        plain = [recipe.at(scales=(), text_scales=()) for recipe in recipes]
         padding = plain[-1:] * (-len(plain) % len(scales))
         bases = self.render([*plain, *padding], batch=len(scales))
         return [[base, *self.strip(recipe, adapters, scales)] for base, recipe in zip(bases, recipes, strict=False)]
@@ -146,11 +148,27 @@ def parse_scale(text: str) -> float:
     return value
 
 
-def parse_pack(text: str) -> tuple[Path, float | None]:
-    """`PACK` or `PACK:SCALE`."""
-    path, colon, scale = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), None
-    if "/" in scale or "\\" in scale:  # the colon belongs to the path (C:\...)
-        return Path(text), None
-    return Path(path), parse_scale(scale)
+class Named(NamedTuple):
+    """A pack as it is named on a command line."""
+
+    path: Path
+    scale: float | None = None
+    text_scale: float | None = None  # in the text encoders, where it is another
+
+
+def parse_pack(text: str) -> Named:
+    """`PACK`, `PACK:SCALE` or `PACK:SCALE:SCALE_IN_THE_TEXT_ENCODER`."""
+    scales: list[float] = []
+    while len(scales) < 2 and not Path(text).exists():
+        path, colon, scale = text.rpartition(":")
+        if not colon or "/" in scale or "\\" in scale or (scales and not _is_number(scale)):  # the colon belongs to the path (C:\...)
+            break
+        text, scales = path, [parse_scale(scale), *scales]
+    return Named(Path(text), *scales)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

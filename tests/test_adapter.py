@@ -774,18 +774,6 @@ def test_a_flat_batch_is_routed_as_well() -> None:
         torch.testing.assert_close(run(bank, x[:, 0]), run(bank, x)[:, 0], rtol=1e-12, atol=1e-12)
 
 
-def test_guidance_lays_a_route_behind_itself() -> None:
-    layer, x = new_layer("linear", torch.float64)
-    bank = banked(layer, ["lora", "lora"], (2, 3), torch.float64)
-    one = torch.ones(1, dtype=torch.float64)
-    routes = [Route(one.expand(2)), Route(small.numbers((4, 2), 3, torch.float64)), Route(one, torch.tensor([1, 0, 0, 1]))]
-    for route in [*routes, Route(small.numbers((4,), 4, torch.float64), torch.tensor([1, 0, 0, 1]))]:
-        bank.route = route
-        y = run(bank, x)
-        bank.route = route.repeated(2)
-        torch.testing.assert_close(run(bank, torch.cat([x, x])), torch.cat([y, y]), rtol=1e-12, atol=1e-12)
-
-
 # ---------------------------------------------------------------- on a whole base
 
 

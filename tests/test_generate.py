@@ -1,7 +1,7 @@
 """Pictures: scale 0 is the base bit for bit, a batch is its rows, a seed is diffusers' seed, and a picture says how it was made."""
 
 import json
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,25 @@ def test_a_batch_of_strengths_is_as_many_renders(adapted: Studio, guidance: floa
     for size in (1, 2, 3):
         assert (adapted.pixels(recipes, batch=size) - together).abs().max() <= 1 / 255
     assert min((a - b).abs().max() for a, b in pairwise(together)) > 1 / 255
+
+
+def test_the_text_encoders_scale_may_be_another(adapted: Studio) -> None:
+    recipe = adapted.recipe("a cat", steps=3)
+
+    def drawn(scale: float, text: float) -> torch.Tensor:
+        return adapted.pixels([recipe.at(scales=(("mira", scale),), text_scales=(("mira", text),))])
+
+    assert torch.equal(drawn(0.5, 0.5), adapted.pixels(at(recipe, 0.5)))
+    assert torch.equal(drawn(0.0, 0.0), adapted.pixels([recipe]))
+    four = [drawn(scale, text) for scale in (0.0, 1.0) for text in (0.0, 1.0)]
+    assert min((a - b).abs().max() for a, b in combinations(four, 2)) > 1e-3, "each half alone, both and none are four pictures"
+    with torch.no_grad():
+        for dotted, _, delta in adapted.bank.deltas("mira"):  # the oracle: without its half in the UNet a pack is all text encoder
+            for parameter in delta.parameters() if dotted.startswith("unet.") else ():
+                parameter.zero_()
+    assert torch.equal(drawn(1.0, 1.0), four[1])
+    rows = [recipe.at(scales=(("mira", 1.0),), text_scales=(("mira", text),)) for text in (1.0, 0.0)]
+    assert (adapted.pixels(rows)[0] - adapted.pixels(rows)[1]).abs().max() > 1e-3, "rows of a batch have their own"
 
 
 def test_rows_of_a_batch_have_their_own_prompt_and_seed(adapted: Studio) -> None:
@@ -123,7 +142,8 @@ def test_a_picture_carries_its_recipe(adapted: Studio, tmp_path: Path) -> None:
         texts = picture.text  # type: ignore[attr-defined]
     table = json.loads(texts["sdlora"])
     assert (table.pop("base"), table.pop("packs")) == ("small-base", ["mira"])
-    table["scales"] = tuple((name, scale) for name, scale in table["scales"])
+    for own in ("scales", "text_scales"):
+        table[own] = tuple((name, scale) for name, scale in table[own])
     assert Recipe(**table) == recipe
     assert adapted.render([Recipe(**table)])[0].tobytes() == drawn.tobytes()
     lines = texts["parameters"].splitlines()
@@ -221,14 +241,13 @@ def test_what_is_no_scale_is_refused(text: str) -> None:
 def test_a_pack_may_carry_its_scale(tmp_path: Path) -> None:
     odd = tmp_path / "a:b.safetensors"
     odd.write_bytes(b"")
-    assert parse_pack("runs/a.safetensors") == (Path("runs/a.safetensors"), None)
-    assert parse_pack("runs/a.safetensors:0.8") == (Path("runs/a.safetensors"), 0.8)
-    assert parse_pack("a.safetensors:-1") == (Path("a.safetensors"), -1.0)
-    assert parse_pack(str(odd)) == (odd, None)
-    assert parse_pack(r"C:\packs\a.safetensors") == (Path(r"C:\packs\a.safetensors"), None)
-    assert parse_pack(r"C:\packs\a.safetensors:0.5") == (Path(r"C:\packs\a.safetensors"), 0.5)
-    with pytest.raises(UserError, match="E-GEN-06"):
-        parse_pack("a.safetensors:much")
+    for path in ("runs/a.safetensors", str(odd), r"C:\packs\a.safetensors"):
+        assert parse_pack(path) == (Path(path), None, None)
+        assert parse_pack(f"{path}:-1") == (Path(path), -1.0, None)
+        assert parse_pack(f"{path}:0.8:0.5") == (Path(path), 0.8, 0.5)
+    for odd_scale in ("much", "0.5:much", "0.5:9", "9:0.5", "nan"):
+        with pytest.raises(UserError, match="E-GEN-06"):
+            parse_pack(f"a.safetensors:{odd_scale}")
 
 
 def test_prompts_that_are_cut_are_told(studio: Studio) -> None:
