@@ -40,6 +40,7 @@ from sdlora.data.captioning import Captioning
 from sdlora.data.captioning import caption as caption_folder
 from sdlora.data.captioning import put as put_captions
 from sdlora.data.captioning import read as captions
+from sdlora.data.captions import token_counter
 from sdlora.data.edits import Edit
 from sdlora.data.unzip import unzip as unpack
 from sdlora.errors import UserError
@@ -51,6 +52,7 @@ from sdlora.judged import read as read_judged
 from sdlora.judged import style as judged_style
 from sdlora.kinds import Wanted as KindsWanted
 from sdlora.kinds import find as find_kind
+from sdlora.learnt import Learnt, learnt
 from sdlora.making import bake_packs, compare_packs, extract_pack, merge_packs, pack_spectrum, resize_pack
 from sdlora.packs import bundle
 from sdlora.packs.card import about as about_pack
@@ -90,6 +92,7 @@ __all__ = [
     "Entry",
     "Event",
     "KindsWanted",
+    "Learnt",
     "Pack",
     "Push",
     "Reading",
@@ -136,6 +139,7 @@ __all__ = [
     "judged_style",
     "keep_checkpoint",
     "leads",
+    "learnt",
     "merge_packs",
     "open_pack",
     "open_studio",
@@ -165,6 +169,7 @@ __all__ = [
     "sweep_results",
     "take_out",
     "take_pack",
+    "token_counter",
     "train",
     "train_cast",
     "undo_captions",

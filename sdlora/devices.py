@@ -4,6 +4,7 @@ import importlib
 import os
 from collections.abc import Callable
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -54,6 +55,11 @@ def forget_peak(device: torch.device) -> None:
 def peak_bytes(device: torch.device) -> int | None:
     """The most bytes that tensors took at once since then, where the device says it."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def used_bytes(device: torch.device) -> int:
+    """What tensors take on a device, at their most until now; on the CPU what the whole process takes now."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
 
 
 def attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:

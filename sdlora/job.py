@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdlora import estimate, export, eyes, lock, pictures, preview, priors, report, safeio, settings, state
+from sdlora import devices, estimate, export, eyes, lock, pictures, preview, priors, report, safeio, settings, state
 from sdlora.config import Run, flat, parse, to_toml
 from sdlora.course import Course
 from sdlora.data import cache, captions, ledger
@@ -72,9 +72,13 @@ class Member:
             yield failed
 
     def _tell(self, event: Event) -> None:
-        self.trackers.tell(self.log.add(event))
-        if event.kind == "step" and event.step % self.job.settled.train.log_every == 0:  # the others are told later than they were done
+        told = event
+        if self.course and event.kind == "step" and event.step % self.job.settled.train.log_every == 0:
+            # only these are told when they are done
             self.pace.append((event.step, time.monotonic()))
+            used = devices.used_bytes(self.course.setup.family.device)
+            told = dataclasses.replace(event, data={**event.data, "memory_bytes": used})
+        self.trackers.tell(self.log.add(told))
         if event.kind in REPORTED:
             write_report(self.job.out)
 

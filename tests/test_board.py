@@ -1,7 +1,10 @@
 """The screens without a browser: projects on the disk, forms made from settings, captions, and what programs may call."""
 
 import json
+import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.request import urlopen
 
@@ -10,10 +13,11 @@ import pytest
 from gradio_client import Client
 from small import any_port, draw_folder
 
-from sdlora import api, config
+from sdlora import api, config, lock
 from sdlora.api import Edit, UserError
 from webui import app, live
 from webui.board import Board
+from webui.easel import NONE
 from webui.form import Form, written
 from webui.goal import KNOB, MIDDLE, RANK, STEPS
 from webui.house import House
@@ -140,8 +144,54 @@ def test_edits_of_captions_are_taken_back_one_by_one(house: House, tmp_path: Pat
         project.undo()
 
 
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason="the bundled pictures are not in a wheel")
+def test_captions_say_how_long_they_are_for_the_base(board: Board, house: House, tmp_path: Path) -> None:
+    project, words = house.projects.begin("long"), board.words
+    house.projects.bring_files(project, sorted(draw_folder(tmp_path / "s", square=True).iterdir()))
+    first, second = project.files()[:2]
+    api.put_captions(project.pictures, {first: "hat, " * 60, second: "a {red|dark blue} hat"})
+    rows = {row[0]: row[2] for row in words.show("long")[words.table]}
+    found = {row["file"]: max(row["tokens"]) for row in project.look()["pictures"]}
+    assert all(found[name] == rows[name] for name in (first.name, second.name)), "what the ledger says, of the longest option"
+    assert rows[first.name] > 75 > rows[second.name] > 4
+
+    def meter(place: str) -> str:
+        event = SimpleNamespace(row_value=[place, "", ""])
+        return str(words.see({words.project: "long"}, event)[words.picture])  # type: ignore[arg-type]
+
+    assert f"{rows[first.name]} of 75 tokens, the end is not read: {rows[first.name] - 75} tokens" in meter(first.name)
+    assert f"{rows[second.name]} of 75 tokens</p>" in meter(second.name)
+    project.keep({**project.table(), "text": {"chunks": 2}})
+    assert f"{rows[first.name]} of 150 tokens</p>" in meter(first.name)
+    project.settings.write_text('base = "owner/not-here"')
+    assert words.show("long")[words.table][0][2] == ""
+
+
+def test_a_finished_run_leads_to_its_pack(board: Board, house: House) -> None:
+    told = board.open({board.home.opened: "pack:mira/mira.safetensors"})
+    assert told[board.studio.drawn] is True, "it is drawn at once"
+    assert told[board.tabs].selected == "studio"
+    assert told[board.studio.controls["pack"]].value == NONE, "a pack that is not there is not chosen"
+    run = house.projects.root / "led"
+    run.mkdir()
+    (run / "config.toml").write_text('name = "led"\n[train]\nsteps = 2\n')
+    lines = [
+        {"time": 1.0, "kind": "step", "step": 1, "loss": 0.1, "data": {"memory_bytes": 2 * 10**9}},
+        {"time": 2.0, "kind": "done", "step": 2},
+    ]
+    (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "See it" not in house.live.watch("led"), "there is no pack yet"
+    (run / "led.safetensors").write_bytes(b"x")
+    os.utime(run / "events.jsonl", (9, 9))
+    assert 'data-send="pack:led/led.safetensors"' in house.live.watch("led")
+    assert board.open({board.home.opened: "pack:led/led.safetensors"})[board.studio.controls["pack"]].value == "led/led.safetensors"
+    with lock.held(run):
+        (run / "events.jsonl").write_text(json.dumps(lines[0]) + "\n")
+        assert "2.00 GB of memory" in house.live.watch("led")
+    shutil.rmtree(run)
+
+
 def test_the_sample_is_ready_at_once(house: House) -> None:
+    assert SAMPLE.is_dir()
     project = house.projects.sample()
     assert len(project.files()) == 20
     assert house.projects.sample() == project

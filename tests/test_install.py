@@ -45,6 +45,10 @@ def test_the_installed_code_is_the_wheels(program: Path, tmp_path: Path) -> None
     say = "import sdlora, webui; print(sdlora.__file__, webui.__file__)"
     told = subprocess.check_output([python, "-c", say], cwd=tmp_path, text=True)
     assert told.count(str(program.parent.parent)) == 2, told
+    say = "from webui.projects import SAMPLE; print(SAMPLE, len([*SAMPLE.glob('*.png')]))"
+    sample, count = subprocess.check_output([python, "-c", say], cwd=tmp_path, text=True, stderr=subprocess.DEVNULL).split()
+    assert sample.startswith(str(program.parent.parent)), "the bundled character comes with the wheel"
+    assert int(count) == len([*(ROOT / "datasets" / "tavi").glob("*.png")])
 
 
 @pytest.mark.slow

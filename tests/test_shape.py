@@ -19,7 +19,7 @@ LAYERS = [
     "devices", "data", "probe", "generate", "schedule", "packs", "pictures", "score", "eyes", "measures",
     "record", "queue", "charts", "plots", "report", "trackers",
     "train", "state", "validation", "diagnose", "studio", "judge", "judged", "preview", "priors", "estimate", "plan", "profiling",
-    "course", "learners", "settling", "best", "export", "job", "search", "kinds", "average", "cast", "sweep", "sharing",
+    "course", "learners", "settling", "best", "learnt", "export", "job", "search", "kinds", "average", "cast", "sweep", "sharing",
     "apart", "baking", "extraction", "making", "fleet",
     "api", "terminal", "verbs", "cli", "__main__",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shlex
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from sdlora import api
 from sdlora.api import Pack, UserError
+from sdlora.packs import file
 from webui import app
 from webui.easel import NONE, STRIP, Easel, Subject, Wish, base_of, command, sizes
 from webui.links import Links
@@ -112,7 +114,7 @@ def test_the_command_line_says_all_and_is_quoted() -> None:
     wish = Wish(found.id, 'mira\'s "hat"; rm -rf $HOME', "-blurry", 7, 12, 4.5, "48x80", -0.35)
     words = shlex.split(command(wish, Subject("tiny", found, pack)))
     assert words[:2] == ["sdlora", "generate"]
-    assert api.parse_pack(words[2]) == (found.path, -0.35)
+    assert api.parse_pack(words[2]) == (found.path, -0.35, None)
     said = dict(zip(words[3::2], words[4::2], strict=True))
     assert said == {
         "--prompt": wish.prompt, "--negative": "-blurry", "--seed": "7", "--steps": "12", "--guidance": "4.5", "--size": "48x80",
@@ -194,7 +196,7 @@ def test_what_was_looked_at_before_does_not_touch_the_picture_nor_reload_the_bas
     assert shown[0].adapter.sha256 != shown[1].adapter.sha256
     for wish, pair in zip(wishes, shown, strict=False):
         words = shlex.split(pair.command)
-        path, scale = api.parse_pack(words[2])
+        path, scale, _ = api.parse_pack(words[2])
         studio = api.open_studio([api.open_pack(path)])
         recipe = studio.recipe(wish.prompt, wish.size, wish.guidance, seed=wish.seed, steps=wish.steps, scales=(("mira", scale),))
         assert hashlib.sha256(studio.render([recipe])[0].tobytes()).hexdigest() == pair.adapter.sha256
@@ -241,12 +243,66 @@ def test_packs_are_drawn_together_each_at_its_own_scale(easel: Easel) -> None:
     both = easel.pair(Wish(**{**vars(WISH), "pack": one, "scale": 0.8, "more": ((two, 0.5),)}))
     words = shlex.split(both.command)
     packs = [api.parse_pack(word) for word in words[2:4]]
-    studio = api.open_studio([api.open_pack(path) for path, _ in packs])
-    scales = tuple(zip(studio.packs, [scale for _, scale in packs], strict=True))
+    studio = api.open_studio([api.open_pack(one.path) for one in packs])
+    scales = tuple((name, one.scale) for name, one in zip(studio.packs, packs, strict=True))
     recipe = studio.recipe(WISH.prompt, WISH.size, WISH.guidance, seed=WISH.seed, steps=WISH.steps, scales=scales)
     assert hashlib.sha256(studio.render([recipe])[0].tobytes()).hexdigest() == both.adapter.sha256
     assert both.apart > 0
     assert easel.pair(Wish(**{**vars(WISH), "pack": one, "scale": 0.0})).apart == 0
+
+
+def test_the_text_encoder_may_have_a_scale_of_its_own(easel: Easel) -> None:
+    wish = Wish(**{**vars(WISH), "pack": "one/mira/mira.safetensors", "scale": 0.8, "text_scale": 0.3})
+    drawn = easel.pair(wish)
+    assert drawn.adapter.sha256 != easel.pair(Wish(**{**vars(wish), "text_scale": None})).adapter.sha256
+    named = api.parse_pack(shlex.split(drawn.command)[2])
+    assert named[1:] == (0.8, 0.3)
+    studio = api.open_studio([api.open_pack(named.path)])
+    own = {"scales": (("mira", named.scale),), "text_scales": (("mira", named.text_scale),)}
+    recipe = studio.recipe(WISH.prompt, WISH.size, WISH.guidance, seed=WISH.seed, steps=WISH.steps, **own)
+    assert hashlib.sha256(studio.render([recipe])[0].tobytes()).hexdigest() == drawn.adapter.sha256
+    with Image.open(drawn.adapter.path) as picture:
+        assert "<lora:mira:0.3:0.8>" in picture.text["parameters"]  # type: ignore[attr-defined]
+    for odd in ({"scale": float("nan")}, {"text_scale": 9.0}, {"more": (("two/mira/mira.safetensors", -9.0),)}):
+        with pytest.raises(UserError, match="E-GEN-06"):
+            easel.pair(Wish(**{**vars(wish), **odd}))
+
+
+def test_a_picture_brings_all_its_packs_and_scales_back(easel: Easel, data_root: Path) -> None:
+    train(data_root / "three", "nori")
+    with gr.Blocks() as demo:
+        page = Page(easel, demo.load, Links())
+    one, two = "one/mira/mira.safetensors", "three/nori/nori.safetensors"
+    drawn = easel.pair(Wish(**{**vars(WISH), "pack": one, "scale": 0.8, "text_scale": 0.3, "more": ((two, 0.5),)}))
+    copy = easel.folder / "dropped.png"
+    copy.write_bytes(drawn.adapter.path.read_bytes())
+    told = page.take_recipe({page.restore: str(copy), page.controls["pack"]: one})
+    assert told[page.controls["pack"]] == one
+    assert (told[page.controls["scale"]], told[page.apart], told[page.text]) == (0.8, True, 0.3)
+    assert [(told[pack], told[scale]) for pack, scale in page.more] == [(two, 0.5), (NONE, 0.0)]
+    values = told | {page.controls["size"]: "64x64", page.controls["steps"]: WISH.steps}
+    assert easel.pair(page._wish(values)) == drawn, "the very same picture"
+
+
+def test_what_a_pack_has_learnt_is_measured_and_nothing_is_an_error(easel: Easel, data_root: Path) -> None:
+    found = easel.learnt(Wish(**{**vars(WISH), "pack": "one/mira/mira.safetensors"}))
+    assert found.pack.effect > 0.01 > found.base.effect
+    assert f"likeness to your pictures {found.pack.likeness:.2f}" in found.words
+    nothing = api.open_pack(data_root / "one" / "mira" / "mira.safetensors")
+    still = {key: value * 1e-3 if "up" in key else value for key, value in nothing.tensors.items()}
+    run = data_root / "still"
+    shutil.copytree(data_root / "one" / "mira", run)
+    (run / "mira.safetensors").unlink()
+    file.save(run / "still.safetensors", still, lambda sha: {**nothing.metadata, "sshs_model_hash": sha})
+    with pytest.raises(UserError, match=r"E-BEST-03 .* no effect"):
+        easel.learnt(Wish(**{**vars(WISH), "pack": "still/still.safetensors"}))
+    shutil.rmtree(run)
+    (data_root / "alone.safetensors").write_bytes((data_root / "one" / "mira" / "mira.safetensors").read_bytes())
+    with pytest.raises(UserError, match="E-BEST-02"):
+        easel.learnt(Wish(**{**vars(WISH), "pack": "alone.safetensors"}))
+    with pytest.raises(UserError, match="E-UI-02"):
+        easel.learnt(WISH)
+    (data_root / "alone.safetensors").unlink()
 
 
 def test_a_recipe_is_read_only_where_it_is_sound(tmp_path: Path, easel: Easel) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import gradio as gr
 
 from webui.choose import Choose
+from webui.easel import NONE
 from webui.gather import Gather, Home
 from webui.goal import Goal
 from webui.house import PRIVATE, House, Values, toasts
@@ -54,7 +55,8 @@ class Board:
         begin = [self.project, self.tabs, self.home.name]
         gr.on([self.home.begin.click, self.home.name.submit], self.begin, {self.home.name}, begin, **PRIVATE)
         self.home.sample.click(self.sample, None, [self.project, self.tabs], **PRIVATE)
-        self.home.opened.submit(self.open, {self.home.opened}, [self.project, self.tabs, self.watch.run], **QUIET)
+        led_to = [self.project, self.tabs, self.watch.run, *self.studio.lists(), self.studio.drawn]
+        self.home.opened.submit(self.open, {self.home.opened}, led_to, **QUIET)
         self.goal.start.click(self.start, self.goal.asked, [self.tabs, self.watch.run], **PRIVATE)
 
     def list_projects(self, values: Values) -> Values:
@@ -85,13 +87,17 @@ class Board:
         """The bundled character, ready to be trained."""
         with toasts():
             project = self.house.projects.sample()
+        gr.Info("A fourth of the usual steps, to see in two minutes that it works. Empty the box train.steps under Tune for all of them.")
         return {self.project: self._projects(project.name), self.tabs: gr.Tabs(selected="goal")}
 
     def open(self, values: Values) -> Values:
-        """The project or run whose card was chosen."""
+        """The project, run or pack that was chosen somewhere on the page."""
         what, _, name = (values[self.home.opened] or "").partition(":")
         if what == "run":
             return {self.watch.run: self.watch.choices(wanted=name), self.tabs: gr.Tabs(selected="watch")}
+        if what == "pack":  # drawn at once: its scale is to be moved
+            packs = self.studio.list_packs({**dict.fromkeys(self.studio.lists(), NONE), self.studio.controls["pack"]: name})
+            return {**packs, self.studio.drawn: True, self.tabs: gr.Tabs(selected="studio")}
         return {self.project: self._projects(name), self.tabs: gr.Tabs(selected="pictures")}
 
     def start(self, values: Values) -> Values:

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from PIL import Image, ImageChops, ImageStat
 
 from sdlora import api
-from sdlora.api import Pack, Recipe, Studio, UserError
+from sdlora.api import Learnt, Pack, Recipe, Studio, UserError
 from webui.recent import Recent
 from webui.shelf import Found, Shelf
 
@@ -37,6 +37,7 @@ class Wish:
     guidance: float
     size: str
     scale: float
+    text_scale: float | None = None  # in the text encoder, where it is another than in the UNet
     more: tuple[tuple[str, float], ...] = ()  # further packs, each with its own scale
 
 
@@ -112,8 +113,7 @@ class Easel:
         with self._drawing:
             subject, studio, recipe = self._ready(wish)
             (base,) = self._draw(subject, studio, [recipe])
-            scaled = self._scaled(subject, recipe, [wish.scale])
-            (adapter,) = self._draw(subject, studio, scaled)
+            (adapter,) = self._draw(subject, studio, self._scaled(subject, recipe, [wish.scale], wish.text_scale))
             cut = bool(studio.cut_prompts([wish.prompt, wish.negative]))
         return Pair(base, adapter, command(wish, subject), cut, apart(base.path, adapter.path))
 
@@ -123,7 +123,15 @@ class Easel:
             subject, studio, recipe = self._ready(wish)
             if subject.pack is None:
                 raise UserError("E-UI-02", "the base alone has no scales to compare", "pack", "choose a pack first")
-            return self._draw(subject, studio, self._scaled(subject, recipe, STRIP))
+            return self._draw(subject, studio, self._scaled(subject, recipe, STRIP, wish.text_scale))
+
+    def learnt(self, wish: Wish) -> Learnt:
+        """How much of its own pictures a pack has learnt, at scale 1. Raises `UserError`, also where it does nothing."""
+        with self._drawing:
+            subject, studio, _ = self._ready(replace(wish, more=()))
+            if subject.found is None:
+                raise UserError("E-UI-02", "the base alone has learnt nothing", "pack", "choose a pack first")
+            return api.learnt(subject.found.path.parent, studio, self._seated[subject.base][1][0])
 
     def rest(self) -> None:
         """Give the bases' memory back, for a run that is about to begin; pictures already drawn stay."""
@@ -148,6 +156,8 @@ class Easel:
         """The wish with its base loaded, its pack on it, and its recipe checked, at no scale yet."""
         if wish.seed is None:
             raise UserError("E-UI-03", "no seed is given", "seed", "write a whole number from 0 on")
+        for scale in (wish.scale, wish.text_scale or 0.0, *(one for _, one in wish.more)):
+            api.parse_scale(f"{scale:g}")
         subject = self._subject(wish.pack)
         if wish.more:
             found = [(self.shelf.find(other), scale) for other, scale in wish.more if other not in (NONE, wish.pack)]
@@ -200,14 +210,15 @@ class Easel:
                 studio.remove(name)
         self._seated[subject.base] = [found for found, _ in wanted], [studio.add(pack) for _, pack in wanted]
 
-    def _scaled(self, subject: Subject, recipe: Recipe, scales: Sequence[float]) -> list[Recipe]:
+    def _scaled(self, subject: Subject, recipe: Recipe, scales: Sequence[float], text: float | None) -> list[Recipe]:
         """The recipe at each scale of the first pack; the others stay at their own."""
         if subject.pack is None and not subject.more:
             return [recipe] * len(scales)
         names = self._seated[subject.base][1]
         own = [round(scale, 3) for _, _, scale in subject.more]
         first = [[round(scale, 3)] if subject.pack else [] for scale in scales]
-        return [replace(recipe, scales=tuple(zip(names, [*one, *own], strict=True))) for one in first]
+        apart = ((names[0], round(text, 3)),) if subject.pack and text is not None else ()
+        return [replace(recipe, scales=tuple(zip(names, [*one, *own], strict=True)), text_scales=apart) for one in first]
 
     def _draw(self, subject: Subject, studio: Studio, recipes: list[Recipe]) -> list[Picture]:
         """The pictures of one batch. A picture belongs to its batch's size: its last bits depend on it."""
@@ -262,7 +273,8 @@ def command(wish: Wish, subject: Subject) -> str:
     """The command line that draws the same picture."""
     words = ["sdlora", "generate"]
     if subject.found:
-        words.append(f"{subject.found.path}:{round(wish.scale, 3):g}")
+        text = "" if wish.text_scale is None else f":{round(wish.text_scale, 3):g}"
+        words.append(f"{subject.found.path}:{round(wish.scale, 3):g}{text}")
     words += [f"{found.path}:{round(scale, 3):g}" for found, _, scale in subject.more]
     if subject.base != (subject.pack.base if subject.pack else "tiny"):
         words += ["--base", subject.base]

@@ -145,15 +145,19 @@ class Live:
         left = f", about {_duration(pace * (one.steps - one.step))} left" if one.state == "running" and pace else ""
         speed = f" · {_duration(pace)} a step" if pace else ""
         loss = f" · loss {one.loss:.4f}" if one.loss is not None else ""
+        memory = next((event["data"]["memory_bytes"] for event in reversed(events) if "memory_bytes" in event["data"]), None)
+        room = f" · {memory / 1e9:.2f} GB of memory" if isinstance(memory, int) and one.state == "running" else ""
         news = [event["text"] for event in events if event["kind"] in NEWS][-MOST_NEWS:]
         notes = "".join(f"<li>{escape(text)}</li>" for text in news)
+        pack = one.pack.relative_to(self.projects.root).as_posix() if one.pack and one.state == "finished" else ""
+        see = f'<button type="button" class="see" data-to="open-sent" data-send="pack:{escape(pack)}">See it: move its scale</button>'
         told = [event["text"] for event in events if event["kind"] == "note" and "distance_adapter" in event["data"]]
         learnt = told[-1] if told else ""
         return (
             f'<div class="head"><h3>{escape(one.name)}</h3><span class="badge {one.state}">{STATES[one.state]}</span></div>'
             f'<progress max="1" value="{share:.4f}" aria-label="steps done"></progress>'
-            f'<p role="status">step {one.step:,} of {one.steps:,}{left}{speed}{loss}</p>'
-            f"{f'<p><b>{escape(learnt)}</b></p>' if learnt else ''}{f'<ul class=news>{notes}</ul>' if notes else ''}"
+            f'<p role="status">step {one.step:,} of {one.steps:,}{left}{speed}{loss}{room}</p>'
+            f"{see if pack else ''}{f'<p><b>{escape(learnt)}</b></p>' if learnt else ''}{f'<ul class=news>{notes}</ul>' if notes else ''}"
             f"{self._previews(one, events)}{api.curves(one.folder)}"
         )
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,12 @@ BESIDE = (".txt", ".caption", ".json", ".jsonl", ".csv")
 """What lies beside pictures and is brought with them."""
 MOST_FILES, MOST_BYTES = 20_000, 2**34
 MOST_UNDO = 20
-SAMPLE = Path(__file__).parent.parent / "datasets" / "tavi"
-"""The bundled character, where the program runs from its checkout."""
+LAID = [Path(sysconfig.get_path("data", scheme)) for scheme in (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))]
+SAMPLES = [Path(__file__).parent.parent / "datasets" / "tavi", *(place / "share" / "sdlora" / "tavi" for place in LAID)]
+SAMPLE = next((place for place in SAMPLES if place.is_dir()), SAMPLES[0])
+"""The bundled character: in the checkout, or where a wheel laid it."""
+SAMPLE_STEPS = 225
+"""A fourth of the usual: it is plainly there after two minutes."""
 ASIDE = "."
 """A picture whose name begins so is left aside: whatever reads the folder passes over it."""
 
@@ -49,6 +54,11 @@ class Project:
         table.setdefault("name", self.name)
         table.setdefault("data", {})["folder"] = str(self.pictures)
         return table
+
+    @property
+    def chunks(self) -> int:
+        """How many times what the text encoder reads at once a caption may be long."""
+        return int(self.table().get("text", {}).get("chunks", 1))
 
     def keep(self, table: dict[str, Any]) -> None:
         """Write its settings, if they can be a run's. Raises `UserError`."""
@@ -152,6 +162,7 @@ class Projects:
         if known:
             return known[0]
         project = self.begin(SAMPLE.name)
+        project.keep({"name": project.name, "train": {"steps": SAMPLE_STEPS}})
         self._copy(project, [(path, path.name) for path in sorted(SAMPLE.iterdir())])
         return project
 

@@ -67,7 +67,10 @@ class Page:
         with gr.Row():
             self.generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=130)
             self.make_strip = gr.Button("Strip of scales", elem_id="make-strip", min_width=130)
-        with gr.Accordion("Further packs", open=False, elem_id="more"):
+        with gr.Accordion("Text encoder, further packs", open=False, elem_id="more"):
+            with gr.Row():
+                self.apart = gr.Checkbox(False, label="another scale in the text encoder", elem_id="apart", min_width=150)
+                self.text = gr.Slider(*SCALES, 1, step=0.05, label="Scale in the text encoder", elem_id="text-scale", min_width=150)
             self.more = []
             for number in range(1, MORE + 1):
                 with gr.Row():
@@ -86,7 +89,10 @@ class Page:
         self.compare = gr.ImageSlider(
             label="Base | adapter", elem_id="compare", type="filepath", interactive=False, buttons=["fullscreen"], max_height=640
         )
-        self.meter = gr.HTML(elem_id="meter", padding=False)
+        with gr.Row(equal_height=True):
+            self.meter = gr.HTML(elem_id="meter", padding=False)
+            self.measure = gr.Button("Did it learn?", elem_id="measure", size="sm", scale=0, min_width=130, interactive=False)
+        self.learnt = gr.HTML(elem_id="learnt", padding=False)
         self.status = gr.HTML(elem_id="status", padding=False)
         self.kept = gr.HTML(elem_id="strip-kept", padding=False)
         self.strip = gr.Gallery(
@@ -113,10 +119,10 @@ class Page:
     def _events(self, opened: Any) -> None:
         """Who calls what. Everything that draws waits in one line, and moves of the scale that were overtaken are skipped."""
         pack, scale = self.controls["pack"], self.controls["scale"]
-        lists = [pack, *(other for other, _ in self.more)]
-        asked = {*self.controls.values(), *(one for pair in self.more for one in pair), self.chosen, self.drawn}
+        lists = self.lists()
+        asked = {*self.controls.values(), *(one for pair in self.more for one in pair), self.apart, self.text, self.chosen, self.drawn}
         set_by = [self.controls[name] for name in ("prompt", "guidance", "size", "scale")]
-        chosen = [self.chosen, self.hint, self.make_strip, self.chip, self.kept, *set_by]
+        chosen = [self.chosen, self.hint, self.make_strip, self.measure, self.chip, self.kept, self.learnt, *set_by]
         drawn = [self.compare, self.picture, self.download, self.status, self.meter, self.command, self.drawn]
         busy: dict[str, Any] = {"show_progress_on": [self.compare], **GPU, **PRIVATE}
         quiet = {**busy, "show_progress": "minimal"}
@@ -125,17 +131,23 @@ class Page:
         for event in (pack.change, listed.success):  # `change` hears the list, the mouse and the keyboard, each once
             event(self.choose, asked, chosen, show_progress_on=[self.hint], **PRIVATE).success(self.redraw, asked, drawn, **quiet)
         gr.on([self.generate.click, self.controls["prompt"].submit], self.draw, asked, drawn, **busy)
-        moved = [scale.change, *(one.change for pair in self.more for one in pair)]  # `release` does not hear the keyboard
+        apart = (self.apart, self.text)
+        moved = [one.change for one in (scale, *apart, *(one for pair in self.more for one in pair))]  # `release` hears no keyboard
         gr.on(moved, self.redraw, asked, drawn, trigger_mode="always_last", **quiet)
         for button, snap in zip(self.snaps, SNAPS, strict=True):
             button.click(lambda snap=snap: snap, None, [scale], **hidden)
         self.chip.click(self.call, asked, [self.controls["prompt"]], **hidden)
         self.make_strip.click(self.draw_strip, asked, [self.strip, self.kept], **GPU, **PRIVATE)
         self.strip.select(self.take_scale, None, [scale], **PRIVATE).then(self.draw, asked, drawn, **quiet)
-        restored = [self.controls[name] for name in ("pack", "prompt", "negative", "seed", "steps", "guidance", "size", "scale")]
+        self.measure.click(self.measured, asked, [self.learnt], **GPU, **PRIVATE)
+        restored = [*self.controls.values(), *apart, *(one for pair in self.more for one in pair)]
         self.restore.upload(self.take_recipe, {self.restore, pack}, [self.restore, *restored], **PRIVATE).success(
             self.draw, asked, drawn, **busy
         )
+
+    def lists(self) -> list[Any]:
+        """The components that list packs, that of the first one first."""
+        return [self.controls["pack"], *(other for other, _ in self.more)]
 
     def list_packs(self, values: Values) -> Values:
         """Read the folder again; the choice stays if it is still there, else the newest pack is chosen."""
@@ -161,10 +173,11 @@ class Page:
             self.chosen: now,
             self.hint: hint(now, str(self.easel.shelf.root)),
             self.make_strip: gr.Button(interactive=with_pack),
+            self.measure: gr.Button(interactive=with_pack),
             self.chip: gr.Button(f"+ {now.trigger}", visible=bool(now.trigger)),
         }
         if not before or before.pack != now.pack:  # else the list was only read again
-            told[self.kept] = ""  # the strip is another pack's
+            told |= {self.kept: "", self.learnt: ""}  # they are another pack's
             told[self.controls["prompt"]] = called(wish.prompt, before.trigger if before else "", now.trigger)
             told[self.controls["scale"]] = gr.Slider(value=now.scale, interactive=with_pack)
         if not before or before.base != now.base:
@@ -205,6 +218,12 @@ class Page:
             self.kept: f'<span data-strip="{escape(json.dumps(kept))}"></span>',
         }
 
+    def measured(self, values: Values) -> str:
+        """What the pack has learnt of its own pictures; one that does nothing is an error."""
+        with toasts():
+            found = self.easel.learnt(self._wish(values))
+        return f'<p role="status" class="{"good" if found.much else "warn"}">{escape(found.words)}</p>'
+
     def call(self, values: Values) -> str:
         """The prompt with the trigger in it."""
         wish, chosen = self._wish(values), values[self.chosen]
@@ -215,10 +234,13 @@ class Page:
         """Set the controls as a picture says it was made."""
         with toasts():
             recipe = recipe_of(brought(values[self.restore], self.easel.folder.parent))
-        name, scale = next(iter(recipe["scales"]), ("", 0.0))
-        fits = [found.id for found in self.easel.shelf.packs() if found.path.stem == name]
-        told: Values = {self.restore: None, self.controls["scale"]: min(max(float(scale), SCALES[0]), SCALES[1])}
-        told[self.controls["pack"]] = values[self.controls["pack"]] if values[self.controls["pack"]] in fits else next(iter(fits), NONE)
+        packs, text = [*recipe["scales"], *[("", 0.0)] * (1 + MORE)][: 1 + MORE], dict(recipe.get("text_scales", []))
+        own = self.controls["pack"], self.controls["scale"]
+        told: Values = {self.restore: None, self.apart: bool(text), self.text: held(text.get(packs[0][0], 1.0))}
+        for (pack, scaled), (name, scale) in zip([own, *self.more], packs, strict=True):
+            fits = [found.id for found in self.easel.shelf.packs() if found.path.stem.replace(".", "-") == name.rstrip("+")]
+            told[pack] = values[own[0]] if pack is own[0] and values[own[0]] in fits else next(iter(fits), NONE)
+            told[scaled] = held(scale)
         for key in ("prompt", "negative", "seed", "steps", "guidance"):
             told[self.controls[key]] = recipe[key]
         size = f"{recipe['width']}x{recipe['height']}"
@@ -232,9 +254,15 @@ class Page:
     def _wish(self, values: Values) -> Wish:
         said = {name: values[control] for name, control in self.controls.items()}
         more = [(values[other] or NONE, round(values[scale], 3)) for other, scale in self.more if values.get(other)]
-        said |= {"more": tuple(more), "pack": said["pack"] or NONE, "size": said["size"] or ""}
+        said |= {"more": tuple(more), "text_scale": round(values[self.text], 3) if values.get(self.apart) else None}
+        said |= {"pack": said["pack"] or NONE, "size": said["size"] or ""}
         said |= {"prompt": said["prompt"] or "", "negative": said["negative"] or ""}  # an empty list says None
         return Wish(**said | {"steps": round(said["steps"]), "scale": round(said["scale"], 3)})  # what is typed may be finer
+
+
+def held(scale: float) -> float:
+    """A scale within the slider's ends."""
+    return min(max(float(scale), SCALES[0]), SCALES[1])
 
 
 def called(prompt: str, before: str, trigger: str) -> str:
@@ -263,7 +291,8 @@ def status(pair: Pair, wish: Wish) -> str:
     """Which pictures are shown, by the hash of their RGB bytes, as HTML."""
     parts = [f"base {pair.base.sha256[:SHA_DIGITS]}"]
     if wish.pack:
-        parts.append(f"scale {wish.scale:g}: {pair.adapter.sha256[:SHA_DIGITS]}")
+        text = "" if wish.text_scale is None else f" (text encoder {wish.text_scale:g})"
+        parts.append(f"scale {wish.scale:g}{text}: {pair.adapter.sha256[:SHA_DIGITS]}")
         if wish.scale == 0 and pair.adapter.sha256 == pair.base.sha256:
             parts.append("identical to the base, bit for bit")
     if pair.cut:
@@ -278,7 +307,7 @@ def meter(pair: Pair, wish: Wish) -> str:
     said = "the pack hardly changes this picture" if pair.apart < FAINT else "the pack changes this picture"
     advice = ": train longer, say its trigger, or raise the scale" if pair.apart < FAINT else ""
     bar = f'<meter max="{STRONG:g}" low="{FAINT:g}" optimum="{STRONG:g}" value="{min(pair.apart, STRONG):.1f}"></meter>'
-    return f"<p>Did it learn? {bar} {said} by {pair.apart:.1f} of 255 levels on average{advice}</p>"
+    return f"<p>{bar} {said} by {pair.apart:.1f} of 255 levels on average{advice}</p>"
 
 
 def recipe_of(path: Path) -> dict[str, Any]:
@@ -297,7 +326,8 @@ def recipe_of(path: Path) -> dict[str, Any]:
         with Image.open(path, formats=["PNG"]) as picture:
             found = json.loads(picture.info.get("sdlora", ""))
         sound = all(isinstance(found[key], kind) for key, kind in kinds.items())
-        sound = sound and all(isinstance(name, str) and -4 <= float(scale) <= 4 for name, scale in found["scales"])
+        scales = [*found["scales"], *found.get("text_scales", [])]
+        sound = sound and all(isinstance(name, str) and -4 <= float(scale) <= 4 for name, scale in scales)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, Image.DecompressionBombError):
         sound = False
     if not sound:

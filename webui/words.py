@@ -2,20 +2,23 @@
 
 import shlex
 from collections import Counter
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
 import gradio as gr
 
 from sdlora import api
-from sdlora.api import Captioning, Edit
+from sdlora.api import Captioning, Edit, UserError
 from webui.house import PRIVATE, House, Values, command_line, toasts
 from webui.projects import Project
+from webui.recent import Recent
 
 HEADERS = ["picture", "caption", "tokens"]
 MOST_TAGS = 60
 READ = 75
-"""Tokens that a text encoder of the usual kind reads at once."""
+"""Tokens that a text encoder of the known bases reads at once."""
+MOST_COUNTERS = 4
 
 
 class Words:
@@ -23,6 +26,7 @@ class Words:
 
     def __init__(self, house: House, project: Any) -> None:
         self.house, self.project = house, project
+        self.counters: Recent[Callable[[str], int]] = Recent(MOST_COUNTERS)
         gr.HTML(
             '<p class="lead">Say what each picture shows beside the character itself: pose, ground, clothes that change. What is never '
             "said is learnt as part of the name. Click a caption twice to change it.</p>",
@@ -72,8 +76,8 @@ class Words:
             return {self.table: [], self.tags: "", self.command: "", self.picture: ""}
         project = self.house.projects.find(name)
         said = self._said(project)
-        known = {str(row["file"]): max(row.get("tokens") or [0]) for row in project.ledger().get("pictures", [])}
-        rows = [[place, caption, known.get(place, "")] for place, caption in said.items()]
+        count = self._counter(project)
+        rows = [[place, caption, count(caption) if count else ""] for place, caption in said.items()]
         words = ["sdlora", "data", "edit", str(project.pictures), "--find", "old", "--replace", "new", "--write"]
         return {self.table: rows, self.tags: tags(list(said.values())), self.command: shlex.join(words), self.picture: ""}
 
@@ -91,13 +95,14 @@ class Words:
     def see(self, values: Values, event: gr.SelectData) -> Values:
         """The picture of the row that was chosen."""
         with toasts():
-            path = self._project(values).find(str(event.row_value[0]))
-        tokens = event.row_value[2] if len(event.row_value) > 2 else ""
-        meter = (
-            f'<p><meter max="{READ}" high="{READ - 1}" value="{tokens}"></meter> {tokens} of {READ} tokens, when last looked at</p>'
-            if tokens
-            else ""
-        )
+            project = self._project(values)
+            path = project.find(str(event.row_value[0]))
+            count = self._counter(project)
+        meter = ""
+        if count:
+            tokens, most = count(self._said(project).get(str(event.row_value[0]), "")), READ * project.chunks
+            end = f", the end is not read: {tokens - most} tokens" if tokens > most else ""
+            meter = f'<p><meter max="{most}" high="{most - 1}" value="{tokens}"></meter> {tokens} of {most} tokens{end}</p>'
         return {self.picture: f'<img alt="{escape(path.name)}" style="width:100%" src="{self.house.links.to(path, 640)}">{meter}'}
 
     def edit(self, values: Values) -> Values:
@@ -127,6 +132,17 @@ class Words:
         gr.Info(f"{count} captions written")
         words = ["sdlora", "data", "caption", str(project.pictures), "--with", by, *(["--prefix", prefix] if prefix else [])]
         return {**self._again(project), self.command: shlex.join(words)}
+
+    def _counter(self, project: Project) -> Callable[[str], int] | None:
+        """What says how long a caption is for the project's base; nothing where that base is not here yet."""
+        try:
+            run = api.settle(project.table(), project.settings)
+            key = run.base, run.kind, run.trigger
+            counter = self.counters.get(key) or api.token_counter(run)
+        except UserError:
+            return None
+        self.counters.put(key, counter)
+        return counter
 
     def _again(self, project: Project) -> Values:
         shown = self.show(project.name)

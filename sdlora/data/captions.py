@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from numpy.random import Generator
 
+from sdlora import family
 from sdlora.config import Data, Run, names_trigger
 from sdlora.data.scan import Item
 from sdlora.randomness import stream
@@ -71,6 +72,16 @@ def expand(caption: str, pick: Callable[[list[str]], str]) -> str:
 def longest(caption: str) -> str:
     """The caption with the longest option of each group: what has to fit into the text encoder."""
     return expand(caption, lambda group: max(group, key=len))
+
+
+def token_counter(run: Run) -> Callable[[str], int]:
+    """What counts the tokens that a run's base makes of a caption with the trigger in it; the base's weights are not read."""
+    tokenizer = family.find(run.base).source.tokenizer("tokenizer")
+
+    def count(caption: str) -> int:
+        return len(tokenizer(longest(resolve(caption, run.kind, run.trigger)), add_special_tokens=False, verbose=False).input_ids)
+
+    return count
 
 
 def mix_tags(caption: str, data: Data, trigger: str, random: Generator) -> str:
