@@ -17,6 +17,7 @@ from typing import Any
 
 from playwright.sync_api import Page, expect, sync_playwright
 
+from sdlora import api
 from webui import app
 
 CHROMIUM = "/usr/bin/chromium"
@@ -36,6 +37,9 @@ NEXT_PICTURE = """([scale, exact]) => new Promise(done => {
   look();
 })"""
 """Moves the slider; the milliseconds until another picture is shown (`exact`: until that of this very scale is)."""
+
+PROMPT_IS = "word => document.querySelector('#prompt textarea').value === word && performance.now() - window.began"
+"""The milliseconds since the mouse went down, once the prompt says this trigger."""
 
 
 def main() -> None:
@@ -76,7 +80,7 @@ def went(root: Path, moves: int) -> dict[str, Any]:
             expect(page.locator("#status")).to_contain_text("scale 1:")
             page.evaluate(NEXT_PICTURE, [0.5, True])
             lap("the scale was moved")
-            found |= {"commands": 2, "fields": 0, "clicks": len(clicks)} | followed(page, moves)
+            found |= {"commands": 2, "fields": 0, "clicks": len(clicks)} | followed(page, moves) | changed(page, root)
     finally:
         server.terminate()
         server.wait(20)
@@ -95,6 +99,27 @@ def followed(page: Page, moves: int) -> dict[str, Any]:
     page.wait_for_timeout(3000)
     return {name: spread(took) for name, took in (("ms to a scale not drawn before", drawn), ("ms to one drawn before", again),
                                                   ("ms to the nearest of a strip", at_once))}  # fmt: skip
+
+
+def changed(page: Page, root: Path) -> dict[str, Any]:
+    """How long it takes to take one pack off the base and put another on, without a picture."""
+    (pack,), took = root.glob("*/*.safetensors"), list[float]()
+    other = pack.with_name("nori.safetensors")
+    other.write_bytes(pack.read_bytes())
+    api.edit_pack(other, api.header_changes([], "nori", None))
+    page.reload()
+    page.get_by_role("tab", name="Studio").click()
+    page.evaluate("document.addEventListener('mousedown', () => { window.began = performance.now(); }, true)")
+    for trigger in ("nori", "tavi") * 5:
+        page.wait_for_function(
+            "word => document.querySelector('#pack input').value && document.querySelector('#prompt textarea').value", arg=""
+        )
+        page.locator("#pack input").click()
+        option = page.get_by_role("option", name=f"{trigger}.safetensors")
+        option.wait_for()
+        option.click()
+        took.append(page.wait_for_function(PROMPT_IS, arg=trigger, polling=5).json_value())
+    return {"ms to another pack": spread(took[2:])}  # the first of each reads its file
 
 
 def spread(took: list[float]) -> dict[str, float]:
