@@ -57,19 +57,25 @@ class Arm:
         self.trained = [*self.downs.values(), *self.ups.values()]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=1e-2, fused=True)
 
-    def gradients(self, sample: Sample) -> Tensor:
+    def loss(self, sample: Sample) -> Tensor:
         sample = self.encode(sample) if self.encode else sample
         kept = alphas(sample["latents"].device)[sample["t"]].view(-1, 1, 1, 1)
         x = kept.sqrt() * sample["latents"] + (1 - kept).sqrt() * sample["noise"]
-        loss = F.mse_loss(self.predict(x, sample).float(), sample["noise"])
+        return F.mse_loss(self.predict(x, sample).float(), sample["noise"])
+
+    def gradients(self, sample: Sample) -> Tensor:
+        loss = self.loss(sample)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def step(self, sample: Sample) -> Tensor:
-        loss = self.gradients(sample)
+    def move(self) -> None:
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, sample: Sample) -> Tensor:
+        loss = self.gradients(sample)
+        self.move()
         if self.asks:
             loss.item()
         return loss

@@ -30,6 +30,7 @@ from sdlora.devices import wait
 from sdlora.errors import UserError
 from sdlora.family import RECOMPUTED, Family
 from sdlora.fused import spare
+from sdlora.graphs import Graphs
 from sdlora.randomness import stream
 
 SD2 = {"sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
@@ -174,6 +175,33 @@ def cast(room: Room) -> Iterator[str]:
             yield f"| {model} | {members} | {name} | {said(seconds, members)} |"
 
 
+def graphs(room: Room) -> Iterator[str]:
+    """A step's pass repeated as a CUDA graph (`train.cuda_graphs`), beside the same step as it is."""
+    yield "| network | batch | step | ms a step (least to most) | samples a second |\n|---|---|---|---|---|"
+    for model, batch in product(("1.5, 512 px", "XL, 1024 px"), (1, 4)):
+        arm, sample = arms.ours(room.network(model)), room.sample(model, batch)
+        found = room.measure({"plain": stepping(arm, sample), "a graph": repeated(arm, sample)})
+        for name, seconds in found.items():
+            yield f"| {model} | {batch} | {name} | {said(seconds, batch)} |"
+
+
+def repeated(arm: arms.Arm, sample: arms.Sample) -> Step:
+    """The arm's step, with its pass through the network recorded when it is first taken."""
+    kept = Graphs(arm.trained)
+
+    def missed(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        loss = arm.loss(dict(inputs))
+        return loss.expand(len(inputs["latents"])), loss
+
+    def step() -> None:
+        kept.begin()
+        kept.take("", sample, missed)
+        kept.end()
+        arm.move()
+
+    return step
+
+
 def adapted(unet: nn.Module, members: int) -> arms.Arm:
     """A network with so many adapters; of several, each sample of a batch goes through one of its own."""
     spare(unet)
@@ -193,7 +221,7 @@ def adapted(unet: nn.Module, members: int) -> arms.Arm:
     return arms.Arm(unet, predict, downs, ups)
 
 
-SECTIONS = {"speed": speed, "memory": memory, "attention": attention, "cast": cast}
+SECTIONS = {"speed": speed, "memory": memory, "attention": attention, "cast": cast, "graphs": graphs}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,13 +12,14 @@ import tomli_w
 import torch
 from accelerate import Accelerator
 
-from sdlora import compiled, devices, estimate, family, job, learners, lock, plan, processes, profiling, safeio, settings, state
+from sdlora import compiled, devices, estimate, family, graphs, job, learners, lock, plan, processes, profiling, safeio, settings, state
 from sdlora.adapter import Bank
 from sdlora.config import Run, flat
 from sdlora.data import ledger, store
 from sdlora.errors import UserError
 from sdlora.events import Event, Log
 from sdlora.family import Base, Family
+from sdlora.graphs import Graphs
 from sdlora.job import Member
 from sdlora.laps import Laps
 from sdlora.learners import Job, check_objective, check_optimizer, doubts, given, idle, memory, pieces, speaks
@@ -31,7 +32,7 @@ from sdlora.train import Setup, Trained, assist, steps
 
 COMMON = ("base", "vae", "probe", "text.clip_skip", "text.chunks", "train.precision", "train.gradient_checkpointing", "train.base_weights",
           "train.memory_gb", "train.attention", "train.prefetch", "train.profile",
-          "train.compile")  # fmt: skip
+          "train.compile", "train.cuda_graphs")  # fmt: skip
 """What all members of a cast have alike: it is the base's."""
 Runs = Sequence[tuple[Run, Path]]
 """Settings, and the folder of each."""
@@ -104,6 +105,8 @@ def _settle(
     laps.end("pictures")
     if runs[0][0].train.compile:
         compiled.check(accelerator.device)
+    if runs[0][0].train.cuda_graphs:
+        graphs.check(runs[0][0].train, accelerator.device, len(runs))
     attention = devices.attention(runs[0][0].train.attention, accelerator.device, dtype)
     loaded = family.load(base, torch.device("cpu"), dtype)
     if company.count > 1:
@@ -179,6 +182,11 @@ def _ready(members: Sequence[Member], setup: Setup) -> Iterator[Event]:
     if members and members[0].job.settled.train.compile:
         count = sum(map(compiled.compile_blocks, setup.family.components.values()))
         yield Event("note", f"{count} blocks of the base are compiled; the first step of each shape takes long")
+    if members and members[0].job.settled.train.cuda_graphs:
+        if setup.recomputed:
+            yield Event("warning", "steps are not recorded as CUDA graphs: to fit into memory, they compute again in the backward pass")
+        else:
+            setup.graphs = Graphs([*setup.learners[0].params.values()])
     state.align(setup.processes, setup.learners, any(member.course and member.course.progress.step for member in members))
     yield from shares(setup)
 

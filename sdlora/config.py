@@ -152,6 +152,9 @@ class Train(Settings):
     compile: bool = False
     """Let torch's compiler join the small operations of the base's transformer blocks; the adapters stay as they are. Minutes at the start,
     for steps that are shorter where kernels are what limits them; the result is the same but for rounding."""
+    cuda_graphs: bool = False
+    """Record what a step asks of a CUDA GPU, once for each shape, and repeat it as a whole, so that a small batch does not wait for Python.
+    The result is the same; the recordings take as much memory again as their inputs and gradients. For a run by itself."""
     profile: bool = False
     """Look at where the time of three steps goes: base, adapter, optimizer, data, host. A page with their shares and a trace of torch's
     profiler lie in the run folder's `profile`."""

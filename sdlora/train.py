@@ -4,6 +4,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from sdlora.data.ahead import Ahead
 from sdlora.data.batches import Batch, Prepared, grouped
 from sdlora.errors import RESOURCES, UserError
 from sdlora.family import RECOMPUTED, Family
+from sdlora.graphs import Graphs, Inputs
 from sdlora.objective import Noise, Noised, Noising, miss
 from sdlora.optimizer import rest, set_rate
 from sdlora.processes import ALONE, Processes
@@ -91,6 +93,7 @@ class Setup:
     spare: bool = False  # it is not, but may be turned on where memory does not suffice
     ahead: Ahead[list[Batch]] | None = None  # prepares the samples of the next step during this one, where that is wished
     processes: Processes = ALONE  # those that share each step's samples
+    graphs: Graphs | None = None  # repeats what was recorded, where that is wished
 
     @property
     def goals(self) -> list[Goal]:
@@ -115,7 +118,7 @@ class Setup:
 
     def recompute(self) -> None:
         """Turn gradient checkpointing on."""
-        self.recomputed, self.spare = True, False
+        self.recomputed, self.spare, self.graphs = True, False, None  # what is computed again is not recorded
         self.family.blocks(RECOMPUTED)
 
     def thriftier(self, samples: int) -> bool:
@@ -123,6 +126,8 @@ class Setup:
         if self.spare:
             self.recompute()
             return True
+        if self.graphs:
+            self.graphs.forget()
         self.at_once = (samples + 1) // 2
         return samples > 1
 
@@ -221,14 +226,26 @@ def summed(processes: Processes, params: Sequence[nn.Parameter], loss: Tensor) -
 
 
 def _accumulate(setup: Setup, slots: Sequence[int], at_once: int) -> Tensor:
-    device = setup.family.device
-    samples = torch.tensor([len(learner.numbers) for learner in setup.learners], device=device)
-    loss = torch.zeros(len(samples), device=device)
+    graphs, samples = setup.graphs, torch.tensor([len(learner.numbers) for learner in setup.learners], device=setup.family.device)
+    loss = torch.zeros(len(samples), device=samples.device)
+
+    def missed(batch: Batch, tensors: Inputs) -> tuple[Tensor, Tensor]:
+        own = batch.of(tensors)
+        each = sample_losses(setup.family, setup.bank, own, setup.goals) / tensors["samples"][own.slot.to(samples.device)]
+        return each, scaled(each, own.slots, setup.learners)
+
+    if graphs:
+        graphs.begin()
     for batch in ready(setup, slots, at_once):
-        slot = batch.slot.to(device)
-        each = sample_losses(setup.family, setup.bank, batch, setup.goals) / samples[slot]
-        scaled(each, batch.slot, setup.learners).backward()  # type: ignore[no-untyped-call]
-        loss = loss.index_add(0, slot, each.detach().to(loss.dtype))
+        one, tensors = partial(missed, batch), {**batch.tensors(), "samples": samples}
+        if graphs:
+            each = graphs.take((tuple(batch.slots), tuple(batch.priors.tolist())), tensors, one)
+        else:
+            each, total = one(tensors)
+            total.backward()  # type: ignore[no-untyped-call]
+        loss = loss.index_add(0, batch.slot.to(loss.device), each.detach().to(loss.dtype))
+    if graphs:
+        graphs.end()
     return loss[list(slots)]
 
 
@@ -265,12 +282,16 @@ def in_order(learners: Sequence[Learner], slots: Sequence[int]) -> list[tuple[in
     return [(slot, number) for _, slot, number in sorted(order)]
 
 
-def scaled(each: Tensor, slot: Tensor, learners: Sequence[Learner]) -> Tensor:
+def scaled(each: Tensor, slots: Sequence[int], learners: Sequence[Learner]) -> Tensor:
     """What is to be differentiated: the sum of the losses, each times its own learner's factor under half precision."""
-    if learners[0].optimizer.scaler is None:
+    own = [learners[slot].optimizer.scaler for slot in dict.fromkeys(slots)]
+    if own[0] is None:
         return each.sum()
-    parts = {own: each[(slot == own).to(each.device)].sum() for own in dict.fromkeys(slot.tolist())}
-    return torch.stack([learners[own].optimizer.scaler.scale(part) for own, part in parts.items()]).sum()
+    if len(own) == 1:
+        return own[0].scale(each.sum())  # type: ignore[no-any-return]
+    slot = torch.tensor(slots, device=each.device)
+    parts = [each[slot == one].sum() for one in dict.fromkeys(slots)]
+    return torch.stack([scaler.scale(part) for scaler, part in zip(own, parts, strict=True)]).sum()
 
 
 def sample_losses(family: Family, bank: Bank, batch: Batch, goals: Sequence[Goal]) -> Tensor:
@@ -278,13 +299,13 @@ def sample_losses(family: Family, bank: Bank, batch: Batch, goals: Sequence[Goal
     device = family.device
     text, frame = batch.text.to(device), batch.frame.to(device)
     noised = noised_batch(family, batch, goals)
-    target, prior = noised.target, batch.prior.nonzero()[:, 0].to(device)
+    target, prior = noised.target, batch.priors.to(device)
     if len(prior):
         bank.route = None
         with torch.no_grad():
             base = said(family, noised.x[prior], noised.t[prior], text[prior], frame[prior])
             target = target.index_copy(0, prior, base.to(target.dtype))
-    active = tuple(sorted(set(batch.slot.tolist())))
+    active = tuple(sorted(set(batch.slots)))
     bank.route = Route(torch.ones(1, device=device), batch.slot if len(goals) > 1 else None, active, batch.key.to(device))
     predicted = said(family, noised.x, noised.t, text, frame).to(target.dtype)
     share = noised.t / len(family.alphas_cumprod)
@@ -308,7 +329,7 @@ def noised_batch(family: Family, batch: Batch, goals: Sequence[Goal]) -> Noised:
 def by_goal(batch: Batch, goals: Sequence[Goal]) -> Iterator[tuple[Goal, slice]]:
     """The rows of a batch that have the same goal and lie together."""
     start = 0
-    for goal, rows in itertools.groupby(batch.slot.tolist(), key=lambda slot: goals[slot]):
+    for goal, rows in itertools.groupby(batch.slots, key=lambda slot: goals[slot]):
         end = start + len(list(rows))
         yield goal, slice(start, end)
         start = end

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors", "lookup", "settings", "randomness", "safeio", "processes", "lock", "stop", "events", "laps", "hub", "defaults", "config",
-    "quantise", "layers", "adapter", "lowrank", "fused", "compiled",
+    "quantise", "layers", "adapter", "lowrank", "fused", "compiled", "graphs",
     "source", "original", "ldm", "vae", "family", "latent_diffusion", "objective",
     "optimizer", "captioner",
     "families", "adapters", "objectives", "optimizers", "captioners",

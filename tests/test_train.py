@@ -483,6 +483,7 @@ ELSEWHERE = {  # which test shows it
     "data.keep_tokens": "test_captions: tags are mixed as is set",
     "data.tag_dropout": "test_captions: tags are dropped as often as is set",
     "train.compile": "test_compiled: a run with compiled blocks is the run without",
+    "train.cuda_graphs": "test_graphs: a run whose steps are repeated is the run without",
     "train.profile": "test_profiling: a profile says where the time went and changes nothing",
     "train.prefetch": "test_train: samples prepared ahead are the same",
     "train.trackers": "test_trackers: trackers are told the figures",

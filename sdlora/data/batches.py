@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -51,6 +51,26 @@ class Batch:
     prior: Tensor  # (B,) true where the base's own prediction is the target
     key: Tensor  # (B,) int64 that all random numbers inside the adapter are made of
     weight: Tensor  # (B, 1, h, w) factors on the squared error
+
+    @functools.cached_property
+    def slots(self) -> list[int]:
+        """The learner of each sample, as the host knows it."""
+        return [int(one) for one in self.slot.tolist()]
+
+    @functools.cached_property
+    def priors(self) -> Tensor:
+        """Places of the samples whose target is the base's own prediction."""
+        return self.prior.nonzero()[:, 0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a pass reads."""
+        return {**{one.name: getattr(self, one.name) for one in fields(self)}, "priors": self.priors}
+
+    def of(self, tensors: Mapping[str, Tensor]) -> "Batch":
+        """A batch of other numbers, such as `tensors` gave, of which the host knows the same."""
+        found = Batch(**{one.name: tensors[one.name] for one in fields(self)})
+        vars(found).update(slots=self.slots, priors=tensors["priors"])
+        return found
 
 
 def picture_of(number: int, pool: Sequence[int], seed: int) -> int:
