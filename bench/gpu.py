@@ -130,7 +130,7 @@ def speed(room: Room) -> Iterator[str]:
 def memory(room: Room) -> Iterator[str]:
     """Each family under each plan, batch 1: peak of a step, its seconds."""
     yield "| network | weights | checkpointing | peak, GiB | ms a step (least to most) | samples a second |\n|---|---|---|---|---|---|"
-    for model, weights, recomputed in product(room.models, ("full", *quantise.BLOCKS), (True, False)):
+    for model, weights, recomputed in product(room.models, ("full", *quantise.WAYS), (True, False)):
         unet = room.network(model)
         if weights != "full":
             try:

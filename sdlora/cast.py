@@ -118,10 +118,10 @@ def _settle(
     free = devices.free_bytes(accelerator.device)
     chosen = asdict(plan.choose(runs[0][0].train, plan.together(measured), free, before)) if company.leads else None
     planned = Plan(**company.told(chosen))
-    planned.lay(loaded, accelerator.device)
+    borne = planned.lay(loaded, accelerator.device)
     loaded.attend(attention)
     laps.end("plan")
-    first = [f"attention by {attention}", planned.line()]
+    first = [f"attention by {attention}", planned.line(), *borne]
     jobs, said, heard = list[Job](), list[list[Event]](), list[list[str]]()
     for (settled, out), dataset, own, size in zip(runs, fitted, kept, measured, strict=True):
         suited, told = check_objective(settled, loaded, dataset, own)

@@ -127,10 +127,10 @@ class Train(Settings):
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Keep only the inputs of the base's blocks for the backward pass, which computes them again: far less memory for a third more time,
     and the same result. auto: where the run would not fit into memory otherwise."""
-    base_weights: Literal["full", "8bit", "nf4", "auto"] = "full"
-    """How the large frozen layers of the base are held while it is trained on: in the run's precision, in 8 bits, or in 4 (QLoRA). The
-    adapter learns against the rounded base; its pack is for the full one. auto: as few bits as it takes to fit into memory, and no fewer;
-    with `full` nothing is ever rounded."""
+    base_weights: Literal["full", "8bit", "nf4", "int8", "auto"] = "full"
+    """How the large frozen layers of the base are held while it is trained on: in the run's precision, in 8 bits, or in 4 (QLoRA). int8
+    multiplies in 8-bit integers, too, for speed. The adapter learns against the rounded base; its pack is for the full one. auto: as few
+    bits as it takes to fit into memory, and no fewer; with `full` nothing is ever rounded."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """Whose kernels compute attention: torch's own (sdpa) or xformers'. auto: torch's, unless none runs here that saves memory and one of
     xformers' does."""

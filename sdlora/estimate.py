@@ -55,7 +55,7 @@ def memory(run: Run, family: Family, pieces: Mapping[str, Piece], sizes: Sequenc
     """
     assert run.train.batch_size is not None
     dtype = devices.chosen(run.train.precision or "auto")[1]
-    weights = {how: weight_bytes(family, dtype, how, away) for how in ("full", *quantise.BLOCKS)}
+    weights = {how: weight_bytes(family, dtype, how, away) for how in ("full", *quantise.WAYS)}
     loaded = next(iter(family.components["unet"].parameters())).dtype
     bank = Bank(family.components)
     bank.add(run.name, pieces, lambda dotted: stream(run.seed, f"init/{dotted}"))
@@ -81,8 +81,9 @@ def weight_bytes(family: Family, dtype: torch.dtype, how: str, away: Collection[
         inner = family.components.get(name)
         size = dtype.itemsize if inner is not None else torch.float32.itemsize
         layers = quantise.chosen(inner) if inner is not None and how != "full" else {}
-        packed = [layer.weight.numel() for layer in layers.values()]
-        found += size * (sum(p.numel() for p in module.parameters()) - sum(packed)) + sum(quantise.packed_bytes(n, how) for n in packed)
+        packed = [layer.weight.shape for layer in layers.values()]
+        whole = sum(p.numel() for p in module.parameters()) - sum(shape.numel() for shape in packed)
+        found += size * whole + sum(quantise.packed_bytes(shape, how) for shape in packed)
     return found
 
 

@@ -16,14 +16,16 @@ from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sdlora.quantise import Int8, Quantised, rounded
+
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer does nothing but multiply each token, or each place of a picture, by the weight that it holds: no subclass, which may
-    hold it otherwise, and no hooks."""
+    """Whether a layer does nothing but multiply each token, or each place of a picture, by the weight that it holds, in full or packed: no
+    other subclass, which may do more, and no hooks."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     if hooked or "forward" in vars(layer):
         return False
-    return type(layer) is nn.Linear or (type(layer) is nn.Conv2d and is_pointwise(layer))
+    return type(layer) is nn.Linear or isinstance(layer, Quantised) or (type(layer) is nn.Conv2d and is_pointwise(layer))
 
 
 def is_pointwise(layer: nn.Conv2d) -> bool:
@@ -36,32 +38,47 @@ class Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: Sequence[nn.Linear], down: Tensor, *ups: Tensor) -> tuple[Tensor, ...]:
-        rows, weights = x.flatten(0, -2), [layer.weight for layer in layers]
-        hidden = rows @ down.t()
-        said = tuple(F.linear(x, layer.weight, layer.bias) for layer in layers)
+        rows, weights = x.flatten(0, -2), [layer.weight for layer in layers if not isinstance(layer, Quantised)]
+        hidden, said = rows @ down.t(), spoken(x, layers)
         for y, up, own in zip(said, ups, parted(hidden, ups), strict=True):
             y.view(-1, y.shape[-1]).addmm_(own, up.t())
-        ctx.save_for_backward(rows if ctx.needs_input_grad[2] else None, down, hidden, *weights, *ups)
-        ctx.shape = x.shape
+        ctx.save_for_backward(rows if ctx.needs_input_grad[2] else None, down, hidden, *ups, *weights)
+        ctx.shape, ctx.layers = x.shape, layers
         return said
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, down, hidden, *others = ctx.saved_tensors
-        weights, ups = others[: len(grads)], others[len(grads) :]
+        ups, weights = others[: len(grads)], iter(others[len(grads) :])
         grads = tuple(grad.flatten(0, -2) for grad in grads)
         of_hidden = torch.empty_like(hidden)
         for grad, up, own in zip(grads, ups, parted(of_hidden, ups), strict=True):
             torch.mm(grad, up, out=own)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = grads[0] @ weights[0]
-            for left, right in [*zip(grads[1:], weights[1:], strict=True), (of_hidden, down)]:
-                of_x.addmm_(left, right)
-            of_x = of_x.view(ctx.shape)
+            for layer, grad in zip(ctx.layers, grads, strict=True):
+                if isinstance(layer, Quantised):
+                    own = layer.of_input(grad)
+                    of_x = own if of_x is None else of_x.add_(own)
+                else:
+                    of_x = grad @ next(weights) if of_x is None else of_x.addmm_(grad, next(weights))
+            assert of_x is not None
+            of_x = of_x.addmm_(of_hidden, down).view(ctx.shape)
         of_down = None if rows is None else of_hidden.t() @ rows
         return of_x, None, of_down, *(grad.t() @ own for grad, own in zip(grads, parted(hidden, ups), strict=True))
+
+
+def spoken(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    """What layers say of the same x by themselves."""
+    if not all(isinstance(layer, Int8) for layer in layers):
+        return tuple(layer(x) if isinstance(layer, Quantised) else F.linear(x, layer.weight, layer.bias) for layer in layers)
+    rows, said = rounded(x.flatten(0, -2)), []
+    for layer in layers:
+        assert isinstance(layer, Int8)
+        y = layer.of_rounded(x, rows)
+        said.append(y if layer.bias is None else y.add_(layer.bias))
+    return tuple(said)
 
 
 class Pointwise(torch.autograd.Function):

@@ -5,18 +5,19 @@ from dataclasses import dataclass
 
 import torch
 
+from sdlora import parity
 from sdlora.adapter import Bank
 from sdlora.config import Train
 from sdlora.data.ahead import Ahead
 from sdlora.errors import RESOURCES, UserError
 from sdlora.estimate import Measured
 from sdlora.family import RECOMPUTED, Family
-from sdlora.quantise import BLOCKS
+from sdlora.quantise import BLOCKS, WAYS
 from sdlora.train import Learner, Setup
 
 BORROWED = 0.4
 """Of the activations, what kernels and gradients hold beside them for a moment (docs/measured.md, "Cost")."""
-NAMES = {"full": "weights in full", **{how: f"weights in {how}" for how in BLOCKS}}
+NAMES = {"full": "weights in full", **{how: f"weights in {how}" for how in WAYS}}
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,12 @@ class Plan:
         """The most bytes at once."""
         return self.parts["total"] + round(BORROWED * self.parts["activations"])
 
-    def lay(self, family: Family, device: torch.device) -> None:
-        """Move a base that was loaded onto the CPU to where it computes, by these measures."""
+    def lay(self, family: Family, device: torch.device) -> list[str]:
+        """Move a base that was loaded onto the CPU to where it computes, by these measures; what is to be known of it."""
+        told = [parity.lay(family, device)] if self.weights == "int8" else []
         family.place(device, self.weights)
         family.blocks(RECOMPUTED if self.checkpointing else None)
+        return told
 
     def setup(self, family: Family, bank: Bank, learners: list[Learner]) -> Setup:
         """What a training's steps work with."""

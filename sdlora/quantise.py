@@ -1,7 +1,10 @@
-"""A base's large weights in 8 or 4 bits while adapters on it learn (QLoRA, Dettmers et al. 2023), by bitsandbytes, wherever it runs.
+"""A base's large weights in 8 or 4 bits while adapters on it learn (QLoRA, Dettmers et al. 2023), wherever it runs.
 
-8bit: blocks of 256 numbers in dynamic 8-bit floats (Dettmers et al. 2022, section 2.1); nf4: blocks of 64 in 4-bit NormalFloat. Both with
-double quantisation: the blocks' maxima are held in 8 bits as well. Products are computed in the run's own precision.
+8bit: blocks of 256 numbers in dynamic 8-bit floats (Dettmers et al. 2022, section 2.1); nf4: blocks of 64 in 4-bit NormalFloat. Both by
+bitsandbytes, with double quantisation: the blocks' maxima are held in 8 bits as well. Products are computed in the run's own precision.
+
+int8: 8-bit integers with a scale for each output, whose products are computed in integers, too: what is multiplied is rounded to 8 bits
+row by row (LLM.int8, Dettmers et al. 2022, section 2.1; here without its outliers), forward and backward.
 """
 
 import importlib
@@ -15,6 +18,7 @@ from sdlora.errors import UserError
 
 BLOCKS = {"8bit": 256, "nf4": 64}
 """Numbers that share a scale."""
+WAYS = ("int8", *BLOCKS)
 KEPT_WHOLE = ("time_emb", "add_embedding", "embed_tokens")
 """Parts of names of linear layers that stay as they are: small, and every layer hangs on what the network is told of the time."""
 
@@ -79,18 +83,72 @@ class Quantised(nn.Linear):
         product: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
         return product
 
+    def times(self, x: Tensor) -> Tensor:
+        """The same, not to be differentiated."""
+        return F.linear(x, self.whole().to(x.dtype))
+
+    def of_input(self, grad: Tensor) -> Tensor:
+        """The gradient (..., in) of what it read, from that of what it said (..., out)."""
+        return grad @ self.whole().to(grad.dtype)
+
+
+class Int8(Quantised):
+    """A frozen linear layer that multiplies in 8-bit integers."""
+
+    scale: Tensor  # (out,) float32
+
+    def __init__(self, layer: nn.Linear, device: torch.device) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.how = layer.in_features, layer.out_features, "int8"
+        self.dtype = layer.weight.dtype
+        weight, scale = rounded(layer.weight.detach().to(device))
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
+        self.register_buffer("scale", scale[:, 0])
+
+    def whole(self) -> Tensor:
+        return (self.weight * self.scale[:, None]).to(self.dtype)
+
+    def times(self, x: Tensor) -> Tensor:
+        return self.of_rounded(x, rounded(x.flatten(0, -2)))
+
+    def of_rounded(self, x: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
+        """The product with x (..., in), of which the rounded rows (n, in) are at hand."""
+        if not fits(rows[0], self.weight.t()):
+            return super().times(x)
+        said = torch.mul(torch._int_mm(rows[0], self.weight.t()), rows[1])
+        return torch.mul(said, self.scale, out=torch.empty_like(said, dtype=x.dtype)).view(*x.shape[:-1], self.out_features)
+
+    def of_input(self, grad: Tensor) -> Tensor:
+        rows, scale = rounded(grad.flatten(0, -2) * self.scale)
+        if not fits(rows, self.weight):
+            return super().of_input(grad)
+        said = torch._int_mm(rows, self.weight)
+        return torch.mul(said, scale, out=torch.empty_like(said, dtype=grad.dtype)).view(*grad.shape[:-1], self.in_features)
+
+
+def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (n, k) as 8-bit integers, and the scale (n, 1) of each, float32."""
+    scale = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-30) / 127
+    return torch.div(rows, scale).round_().to(torch.int8), scale
+
+
+def fits(left: Tensor, right: Tensor) -> bool:
+    """Whether (n, k) and (k, m) can be multiplied as integers: CUDA's kernels take no fewer rows, and sides in eights."""
+    return len(left) > 16 and left.shape[1] % 8 == 0 and right.shape[1] % 8 == 0
+
 
 class _Product(torch.autograd.Function):
-    """A product that keeps no weight for its backward pass: it is unpacked again there."""
+    """A product that keeps no weight for its backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Quantised) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.whole().to(x.dtype))
+        return layer.times(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.layer.whole().to(grad.dtype), None
+        return ctx.layer.of_input(grad), None
 
 
 def chosen(module: nn.Module) -> dict[str, nn.Linear]:
@@ -106,11 +164,15 @@ def pack(module: nn.Module, how: str, device: torch.device) -> None:
     """Put packed layers on a device in place of a module's own, one after the other, so that it never holds the whole weights."""
     for name, layer in chosen(module).items():
         parent, _, last = name.rpartition(".")
-        setattr(module.get_submodule(parent), last, Quantised(layer, how, device))
+        setattr(module.get_submodule(parent), last, Int8(layer, device) if how == "int8" else Quantised(layer, how, device))
 
 
-def packed_bytes(numbers: int, how: str) -> int:
-    """Bytes that so many numbers take: themselves, a byte for each block's maximum, and four for 256 of those."""
+def packed_bytes(shape: torch.Size, how: str) -> int:
+    """Bytes that a weight (out, in) takes beside its numbers: of int8 four for each output, else a byte for each block's maximum and four
+    for 256 of those."""
+    numbers = shape.numel()
+    if how == "int8":
+        return numbers + 4 * shape[0]
     blocks = -(-numbers // BLOCKS[how])
     return (numbers // 2 if how == "nf4" else numbers) + blocks + 4 * -(-blocks // 256)
 

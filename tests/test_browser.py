@@ -222,6 +222,28 @@ def test_the_download_is_the_png_with_its_recipe(page: Page, tmp_path: Path) -> 
     assert (recipe["steps"], recipe["scales"]) == (3, [["mira", 1.0]])
 
 
+def test_what_was_learnt_is_measured_where_it_is_asked(page: Page) -> None:
+    page.locator("#measure").click()
+    expect(page.locator("#learnt")).to_contain_text("likeness to your pictures", timeout=WAIT_MS)
+    choose(page, "none: the base alone")
+    expect(page.locator("#learnt")).not_to_contain_text("likeness", timeout=WAIT_MS)
+    expect(page.locator("#measure")).to_be_disabled()
+
+
+def test_the_text_encoder_has_a_scale_of_its_own(page: Page) -> None:
+    page.locator("#generate").click()
+    base, full = shown(page, "1")
+    page.locator("#more").get_by_text("Text encoder, further packs").click()
+    page.locator("#text-scale input[type=range]").fill("0")
+    page.locator("#apart input").check()
+    expect(page.locator("#status")).to_contain_text("scale 1 (text encoder 0):", timeout=WAIT_MS)
+    found = re.search(r"base ([0-9a-f]{12}) \| scale 1 \(text encoder 0\): ([0-9a-f]{12})", page.locator("#status").inner_text())
+    assert found
+    assert found[1] == base
+    assert found[2] not in (base, full)
+    expect(page.locator("#cli textarea")).to_have_value(re.compile(r"safetensors:1:0 "), timeout=WAIT_MS)
+
+
 def test_a_bad_pack_is_a_message_and_not_a_traceback(page: Page) -> None:
     choose(page, "broken")
     toast = page.get_by_test_id("toast-body")
@@ -287,12 +309,10 @@ def test_from_pictures_to_a_pack_by_keyboard_and_through_a_reload(browser: Brows
         expect(page.locator("#watch")).to_contain_text("step 40 of 40", timeout=WAIT_MS)
         expect(page.locator("#watch")).to_contain_text("finished", timeout=WAIT_MS)
         assert page.locator("#watch .previews img").count() == 5
-        go(page, "Studio")
-        expect(page.locator("#prompt textarea")).to_have_value("nori", timeout=WAIT_MS)
-        page.locator("#steps input[type=range]").fill("3")
-        page.locator("#generate").focus()
+        page.locator("#watch .see").focus()
         page.keyboard.press("Enter")
-        base, full = shown(page, "1")
+        expect(page.locator("#prompt textarea")).to_have_value("nori", timeout=WAIT_MS)
+        base, full = shown(page, "1")  # drawn at once
         page.locator("#scale input[type=range]").fill("0")
         assert shown(page, "0") == (base, base)
         assert full != base

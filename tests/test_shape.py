@@ -18,7 +18,7 @@ LAYERS = [
     "families", "adapters", "objectives", "optimizers", "captioners",
     "devices", "data", "probe", "generate", "schedule", "packs", "pictures", "score", "eyes", "measures",
     "record", "queue", "charts", "plots", "report", "trackers",
-    "train", "state", "validation", "diagnose", "studio", "judge", "judged", "preview", "priors", "estimate", "plan", "profiling",
+    "train", "state", "validation", "diagnose", "studio", "judge", "judged", "preview", "priors", "estimate", "parity", "plan", "profiling",
     "course", "learners", "settling", "best", "learnt", "export", "job", "search", "kinds", "average", "cast", "sweep", "sharing",
     "apart", "baking", "extraction", "making", "fleet",
     "api", "terminal", "verbs", "cli", "__main__",
