@@ -156,8 +156,8 @@ def account(job: Job, loaded: Family) -> Iterator[Event]:
     table = ledger.ledger(dataset, settled, loaded, found)
     table["totals"] |= {"memory_bytes": job.memory, "seconds": estimate.seconds(settled, loaded, job.kept)}
     safeio.write(job.out / "ledger.json", json.dumps(table, indent=1))
-    for finding in (one for one in found if one.severity == "warn"):
-        yield Event("warning", ledger.said(finding))
+    for told in ledger.warnings(found):
+        yield Event("warning", told)
 
 
 def start(member: Member, setup: Setup, accelerator: Accelerator) -> Iterator[Event]:

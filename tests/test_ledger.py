@@ -13,6 +13,7 @@ from sdlora import cli, learners
 from sdlora.config import Run
 from sdlora.data import ledger
 from sdlora.data.batches import Prepared, micro_batch
+from sdlora.data.doctor import Finding
 from sdlora.family import Family
 
 
@@ -101,3 +102,12 @@ def test_check_takes_a_settings_file_and_refuses_what_is_misspelt(folder: Path, 
     assert told.exit_code == 2
     assert "did you mean steps" in told.output
     assert CliRunner().invoke(cli.app, ["check", str(tmp_path / "nowhere")]).exit_code == 2
+
+
+def test_many_findings_of_a_kind_are_told_in_few_lines() -> None:
+    blurred = [Finding("blurred", (f"{i}.png",), "no edge", "warn") for i in range(ledger.MOST_TOLD + 3)]
+    found = [*blurred, Finding("small", ("a.png",), "64 px", "warn"), Finding("few", (), "three", "note")]
+    told = ledger.warnings(found)
+    assert len(told) == ledger.MOST_TOLD + 2
+    assert told[-2:] == ["small (a.png): 64 px", "blurred: 3 more like these; ledger.json names them all"]
+    assert ledger.warnings(blurred[:-3])[-1].startswith("blurred (9.png)"), "the control: no line more than there is to tell"

@@ -17,6 +17,9 @@ from sdlora.data.variants import Variant
 from sdlora.errors import UserError
 from sdlora.family import Family
 
+MOST_TOLD = 10
+"""Findings of a kind that are told one by one."""
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -181,6 +184,17 @@ def _ways(item: scan.Item, ways: Sequence[Variant], times: Sequence[int]) -> dic
         per_size["{}x{}".format(*one.size)] += count
     first = {key: shown[0][key] for key in ("bucket_px", "crop_px")}
     return {**first, "shown": sum(times), "shown_at": dict(per_size), "shown_as": shown}
+
+
+def warnings(findings: Sequence[doctor.Finding]) -> list[str]:
+    """What is worth a warning, a line each: of a kind the first few, and how many more the ledger holds."""
+    of_kind: dict[str, list[doctor.Finding]] = {}
+    for one in findings:
+        if one.severity == "warn":
+            of_kind.setdefault(one.code, []).append(one)
+    told = [said(one) for some in of_kind.values() for one in some[:MOST_TOLD]]
+    more = {code: len(some) - MOST_TOLD for code, some in of_kind.items() if len(some) > MOST_TOLD}
+    return told + [f"{code}: {count:,} more like these; ledger.json names them all" for code, count in more.items()]
 
 
 def said(finding: doctor.Finding) -> str:
