@@ -214,7 +214,7 @@ def test_a_program_may_draw_list_and_ask(tmp_path: Path) -> None:
         client = Client(served.url, verbose=False)
         with urlopen(f"{served.url}/gradio_api/info") as answer:
             offered = json.load(answer)["named_endpoints"]
-        assert {"/packs", "/projects", "/runs", "/events", "/start", "/ask", "/draw"} == set(offered)
+        assert {"/packs", "/projects", "/runs", "/events", "/start", "/ask", "/judge", "/score", "/keep", "/draw"} == set(offered)
         assert client.predict(api_name="/packs") == []
         drawn = client.predict("", "cat face", 1.0, 3, 2, 0.0, "", api_name="/draw")
         assert drawn["base"]["sha256"] == drawn["pack"]["sha256"]  # without a pack both are the base

@@ -9,7 +9,9 @@ import pytest
 import small
 
 from sdlora import api, queue
+from sdlora.api import UserError
 from webui import app
+from webui.calls import Calls
 from webui.choose import Choose
 from webui.house import House
 
@@ -85,3 +87,23 @@ def test_the_studio_rests_while_checkpoints_are_judged(house: House, monkeypatch
     program = queue.lock.held
     with program(house.projects.root / "queue"), program(house.projects.root / "mira" / "score"):
         assert house.projects.busy() == "mira: which checkpoint"
+
+
+def test_a_program_may_have_checkpoints_judged_and_keep_one(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = object.__new__(Calls)
+    calls.house = house
+    monkeypatch.setattr(queue, "start", lambda _: False)
+    assert calls.score("mira") == {}
+    assert calls.judge("mira", "0.5, 1", 1, 1) in [one.id for one in api.queued(house.projects.root)]
+    assert [end for _, end in queue.work(house.projects.root)] == ["begins", "finished"]
+    found = calls.score("mira")
+    assert {row["scale"] for row in found["rows"]} == {0.0, 0.5, 1.0}
+    assert calls.keep("mira", 6, 0.5) == "mira/mira-6.safetensors"
+    for call in (
+        lambda: calls.judge("../mira"),
+        lambda: calls.score(".."),
+        lambda: calls.keep("/", 6, 1.0),
+        lambda: calls.judge("mira", "9"),
+    ):
+        with pytest.raises(UserError, match=r"E-UI-13|E-GEN-06"):
+            call()

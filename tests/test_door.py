@@ -166,6 +166,9 @@ def test_no_argument_of_a_call_leads_to_a_file(root: Path, served: Served) -> No
             calls.start,
             calls.events,
             lambda p: calls.ask(p, "stop"),
+            calls.judge,
+            calls.score,
+            lambda p: calls.keep(p, 1, 1.0),
             lambda p: house.projects.find(p),
         ):
             with pytest.raises((UserError, ValueError)) as refused:

@@ -8,6 +8,7 @@ import gradio as gr
 
 from sdlora import api
 from sdlora.api import UserError
+from webui.choose import SCALES, count, scales_of
 from webui.easel import NONE, Wish
 from webui.house import House
 
@@ -19,7 +20,7 @@ class Calls:
 
     def __init__(self, house: House) -> None:
         self.house = house
-        self._offer(self.packs, self.projects, self.runs, self.events, self.start, self.ask)
+        self._offer(self.packs, self.projects, self.runs, self.events, self.start, self.ask, self.judge, self.score, self.keep)
         self._offer(self.draw, concurrency_id="gpu", concurrency_limit=1)
 
     def packs(self) -> list[str]:
@@ -60,6 +61,22 @@ class Calls:
             )
         api.ask(one.folder, what)
         return what
+
+    def judge(self, run: str, scales: str = SCALES, checkpoints: int = 4, prompts: int = 6) -> str:
+        """Let a run's checkpoints be judged at these scales, in the queue that trains; returns the id in it."""
+        one = self.house.projects.run(str(run))
+        asked = scales_of(str(scales))
+        self.house.easel.rest()
+        return api.enqueue_judging(self.house.projects.root, one.folder, asked, most=count(checkpoints, 4), prompts=count(prompts, 6))
+
+    def score(self, run: str) -> dict[str, Any]:
+        """What the last judging of a run found, as its `score.json` has it; empty before."""
+        return api.read_judged(self.house.projects.run(str(run)).folder / api.SCORE)
+
+    def keep(self, run: str, step: int, scale: float) -> str:
+        """Make a checkpoint, with a scale as the one to use, a pack; returns its id."""
+        path = api.keep_checkpoint(self.house.projects.run(str(run)).folder, int(step), api.parse_scale(str(scale)))
+        return path.relative_to(self.house.projects.root).as_posix()
 
     def draw(
         self, pack: str = NONE, prompt: str = "", scale: float = 1.0, seed: int = 0, steps: int = 25, guidance: float = 0.0, size: str = ""

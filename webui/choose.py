@@ -63,10 +63,8 @@ class Choose:
         """Let the checkpoints be judged, in the queue that trains: it goes on when the page is gone."""
         with toasts():
             one, root = self._run(values), self.house.projects.root
-            scales = [api.parse_scale(text.strip()) for text in (values[self.scales] or SCALES).split(",")]
+            scales = scales_of(values[self.scales] or SCALES)
             counts = {"most": count(values[self.most], 4), "prompts": count(values[self.prompts], 6)}
-            if len(scales) > MOST:
-                raise UserError("E-UI-21", f"{len(scales)} scales are more than are judged at once", "scales", f"name {MOST} at most")
             self.house.easel.rest()
             api.enqueue_judging(root, one.folder, scales, **counts)
         options = [word for name, number in counts.items() for word in (f"--{name}", str(number))]
@@ -100,6 +98,14 @@ class Choose:
 
     def _run(self, values: Values) -> Record:
         return self.house.projects.run(values[self.run] or "")
+
+
+def scales_of(text: str) -> list[float]:
+    """Scales as they are typed, separated by commas. Raises `UserError`."""
+    scales = [api.parse_scale(one.strip()) for one in text.split(",")]
+    if len(scales) > MOST:
+        raise UserError("E-UI-21", f"{len(scales)} scales are more than are judged at once", "scales", f"name {MOST} at most")
+    return scales
 
 
 def count(said: Any, usual: int) -> int:
