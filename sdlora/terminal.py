@@ -2,9 +2,11 @@
 
 import logging
 import os
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import typer
@@ -17,7 +19,6 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from sdlora.errors import OUR_BUG, UserError
@@ -60,8 +61,6 @@ def progress(console: Console) -> Progress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}"),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
     ]
     return Progress(*columns, console=console)
 
@@ -70,10 +69,10 @@ def show(event: "Event", progress: Progress, bar: TaskID) -> str:
     """Put one event on the screen; returns the pack's path when it is there."""
     if event.kind == "step" and event.loss is not None:
         task = progress.tasks[bar]
-        speed = f"{task.speed:.1f} steps/s" if task.speed else ""
-        before = task.fields.get("smooth", event.loss)
-        smooth = 0.95 * before + 0.05 * event.loss
-        progress.update(task.id, completed=event.step, visible=True, figures=f"loss {smooth:.4f}  {speed}", smooth=smooth)
+        smooth = 0.95 * task.fields.get("smooth", event.loss) + 0.05 * event.loss
+        first = task.fields.get("first", (time.monotonic(), event.step))
+        figures = f"loss {smooth:.4f}  {pace(first, event.step, task.total or 0)}"
+        progress.update(task.id, completed=event.step, visible=True, figures=figures, smooth=smooth, first=first)
     elif event.kind in ("note", "warning", "validation", "paused", *(["failed"] if event.member else [])):
         before = f"{event.member}: " if event.member else ""
         before += f"{event.kind}: " if event.kind in ("warning", "paused") else ""
@@ -81,6 +80,15 @@ def show(event: "Event", progress: Progress, bar: TaskID) -> str:
         if event.step:
             progress.update(bar, completed=event.step)
     return event.text if event.kind == "done" else ""
+
+
+def pace(first: tuple[float, int], step: int, steps: float) -> str:
+    """How fast steps are taken since the first that was told, (seconds, step), and how long the rest will take; several are told at once,
+    so that of the first second nothing is to be said."""
+    took, done = time.monotonic() - first[0], step - first[1]
+    if took < 1 or done < 1:
+        return ""
+    return f"{done / took:.1f} steps/s, {timedelta(seconds=round((steps - step) * took / done))} left"
 
 
 def numbers(text: str, where: str) -> list[int]:

@@ -12,7 +12,7 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from sdlora import config
+from sdlora import config, terminal
 from sdlora.cli import app
 from sdlora.errors import BAD_INPUT
 from sdlora.packs import file
@@ -209,3 +209,13 @@ def test_every_verb_has_help(verb: str) -> None:
     result = call(verb, "--help")
     assert result.exit_code == 0
     assert "Usage" in result.stdout
+
+
+def test_speed_is_told_once_it_can_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are told several at once: the time between two of them says nothing."""
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: 100.0)
+    assert terminal.pace((100.0, 1), 10, 100) == ""
+    assert terminal.pace((99.5, 1), 10, 100) == ""
+    assert terminal.pace((90.0, 50), 50, 100) == ""
+    assert terminal.pace((90.0, 0), 25, 100) == "2.5 steps/s, 0:00:30 left"
+    assert terminal.pace((90.0, 0), 25, 100 * 3600).endswith(" left")
