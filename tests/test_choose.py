@@ -89,6 +89,7 @@ def test_the_studio_rests_while_checkpoints_are_judged(house: House, monkeypatch
         assert house.projects.busy() == "mira: which checkpoint"
 
 
+@pytest.mark.slow
 def test_a_program_may_have_checkpoints_judged_and_keep_one(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = object.__new__(Calls)
     calls.house = house

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from sdlora import api
+from sdlora import api, learnt
 from sdlora.api import Pack, UserError
 from sdlora.packs import file
 from webui import app
@@ -284,7 +284,8 @@ def test_a_picture_brings_all_its_packs_and_scales_back(easel: Easel, data_root:
     assert easel.pair(page._wish(values)) == drawn, "the very same picture"
 
 
-def test_what_a_pack_has_learnt_is_measured_and_nothing_is_an_error(easel: Easel, data_root: Path) -> None:
+def test_what_a_pack_has_learnt_is_measured_and_nothing_is_an_error(easel: Easel, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learnt, "ASKING", api.Asking(scales=(1.0,), prompts=2, seeds=1, steps=2))
     found = easel.learnt(Wish(**{**vars(WISH), "pack": "one/mira/mira.safetensors"}))
     assert found.pack.effect > 0.01 > found.base.effect
     assert f"likeness to your pictures {found.pack.likeness:.2f}" in found.words

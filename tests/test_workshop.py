@@ -170,7 +170,14 @@ def pixels(base: Path, packs: list[tuple[Path, float]]) -> torch.Tensor:
     return studio.pixels([studio.recipe("mira", "64x64", steps=3, scales=scales)])
 
 
-@pytest.mark.parametrize(("kind", "single"), [("sd1", False), ("sdxl", False), ("sd1", True), ("sd2", True), ("sdxl", True)])
+@pytest.mark.parametrize(
+    ("kind", "single"),
+    [
+        ("sd1", False),
+        ("sdxl", True),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in [("sdxl", False), ("sd1", True), ("sd2", True)]),
+    ],
+)
 def test_a_baked_base_draws_as_the_base_with_the_packs_on(
     kind: str, single: bool, families: dict[str, Path], sd15_base: Path, tmp_path: Path
 ) -> None:
