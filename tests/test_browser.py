@@ -234,8 +234,9 @@ def test_the_text_encoder_has_a_scale_of_its_own(page: Page) -> None:
     page.locator("#generate").click()
     base, full = shown(page, "1")
     page.locator("#more").get_by_text("Text encoder, further packs").click()
-    page.locator("#text-scale input[type=range]").fill("0")
     page.locator("#apart input").check()
+    expect(page.locator("#status")).to_contain_text(f"base {base} | scale 1 (text encoder 1): {full}", timeout=WAIT_MS)
+    page.locator("#text-scale input[type=range]").fill("0")
     expect(page.locator("#status")).to_contain_text("scale 1 (text encoder 0):", timeout=WAIT_MS)
     found = re.search(r"base ([0-9a-f]{12}) \| scale 1 \(text encoder 0\): ([0-9a-f]{12})", page.locator("#status").inner_text())
     assert found

@@ -43,6 +43,7 @@ def values(choose: Choose, **said: Any) -> dict[Any, Any]:
     return fields | {getattr(choose, name): value for name, value in said.items()}
 
 
+@pytest.mark.slow
 def test_checkpoints_are_judged_by_the_queue_and_shown(choose: Choose, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     root = house.projects.root
     monkeypatch.setattr(queue, "start", lambda _: False)

@@ -84,7 +84,9 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", lookup.names("adapters"))
+@pytest.mark.parametrize(
+    "kind", ["lora", *(pytest.param(one, marks=pytest.mark.slow) for one in lookup.names("adapters") if one != "lora")]
+)
 def test_a_pass_waits_for_nothing(kind: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits, compute = Waits(), Recorded._compute
 
