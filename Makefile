@@ -18,7 +18,7 @@ fast: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not slow and not large' --durations=5
 
 slow: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'slow and not large' --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m 'slow and not large' --durations=5
 
 faults: .venv/ready  ## thousands of crashes, kills, power cuts and flipped bits, and what came of them (docs/measured.md)
 	$(BIN)/python -m pytest -q -s -m large --durations=0
