@@ -45,17 +45,20 @@ class Quantised(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.how = layer.in_features, layer.out_features, how
         self.dtype = layer.weight.dtype
-        weight = layer.weight.detach().to(device)
-        if how == "nf4":
-            packed, state = library().quantize_4bit(weight, blocksize=BLOCKS[how], compress_statistics=True, quant_type="nf4")
-        else:
-            packed, state = library().quantize_blockwise(weight, blocksize=BLOCKS[how], nested=True)
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.weight = nn.Parameter(self._packed(layer.weight.detach().to(device)), requires_grad=False)
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
+
+    def _packed(self, weight: Tensor) -> Tensor:
+        """What is held as `weight`; what unpacks it becomes buffers."""
+        if self.how == "nf4":
+            packed, state = library().quantize_4bit(weight, blocksize=BLOCKS[self.how], compress_statistics=True, quant_type="nf4")
+        else:
+            packed, state = library().quantize_blockwise(weight, blocksize=BLOCKS[self.how], nested=True)
         own = {"absmax": state.absmax, "code": state.code, "offset": state.offset}
         for name, tensor in {**own, "nested_absmax": state.state2.absmax, "nested_code": state.state2.code}.items():
             self.register_buffer(name, tensor)
         self.nested_block = state.state2.blocksize
+        return packed  # type: ignore[no-any-return]
 
     @property
     def shape(self) -> torch.Size:
@@ -98,13 +101,12 @@ class Int8(Quantised):
     scale: Tensor  # (out,) float32
 
     def __init__(self, layer: nn.Linear, device: torch.device) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.how = layer.in_features, layer.out_features, "int8"
-        self.dtype = layer.weight.dtype
-        weight, scale = rounded(layer.weight.detach().to(device))
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
+        super().__init__(layer, "int8", device)
+
+    def _packed(self, weight: Tensor) -> Tensor:
+        packed, scale = rounded(weight)
         self.register_buffer("scale", scale[:, 0])
+        return packed
 
     def whole(self) -> Tensor:
         return (self.weight * self.scale[:, None]).to(self.dtype)
