@@ -33,7 +33,7 @@ def find(settled: Run, base: Base, candidates: Mapping[int, Pack], asking: Askin
 
 def _found(settled: Run, base: Base, candidates: Mapping[int, Pack], asking: Asking, out: Path) -> Iterator[Event]:
     studio = Studio.open(base)
-    questions, truth, sight = _asked(settled, studio, asking, out)
+    questions, truth, sight = asked(settled, studio, asking, out)
     count = (1 + len(candidates) * len(asking.scales)) * (len(questions.asked) + len(questions.other)) * asking.seeds
     yield Event(
         "note", f"{len(candidates)} candidates at {len(asking.scales)} scales: {count} pictures are drawn, and seen by {sight.name}"
@@ -55,14 +55,7 @@ def _found(settled: Run, base: Base, candidates: Mapping[int, Pack], asking: Ask
     yield Event("done", verdict.words, data=table)
 
 
-def learnt(settled: Run, studio: Studio, name: str, asking: Asking, run: Path) -> Judge:
-    """The base and a pack that sits on it, asked at scale 1; nothing is written but into the run's cache."""
-    judge = Judge(studio, *_asked(settled, studio, asking, run))
-    judge.ask(name, 0, [1.0])
-    return judge
-
-
-def _asked(settled: Run, studio: Studio, asking: Asking, out: Path) -> tuple[Questions, Truth, Eyes]:
+def asked(settled: Run, studio: Studio, asking: Asking, out: Path) -> tuple[Questions, Truth, Eyes]:
     """What is asked, what it is compared with, and who looks."""
     dataset = ledger.fit_dataset(ledger.read_dataset(settled, out / "cache"), settled, studio.family)
     return *material(settled, dataset, asking), eyes.opened(asking.eyes, studio.family)

@@ -144,8 +144,9 @@ def generate(
         recipe = studio.recipe(prompt, size, guidance, negative=negative, seed=seed, steps=steps, **scales)
         warn_of_cuts(studio, [prompt, negative])
         api.save_picture(out, studio, studio.render([recipe])[0], recipe)
-        text = {name: f", {scale:g} in the text encoder" for name, scale in recipe.text_scales}
-        say(f"{out}  ({', '.join(f'{n} at scale {s:g}{text.get(n, str())}' for n, s in recipe.scales) or 'the base alone'})")
+        said = [f"{name} at scale {scale:g}" for name, scale in recipe.scales]
+        said += [f"{name} at {scale:g} in the text encoder" for name, scale in recipe.text_scales]
+        say(f"{out}  ({', '.join(said) or 'the base alone'})")
         advise_on_tiny(studio.family.base.name)
 
 

@@ -59,7 +59,7 @@ def peak_bytes(device: torch.device) -> int | None:
 
 def used_bytes(device: torch.device) -> int:
     """What tensors take on a device, at their most until now; on the CPU what the whole process takes now."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
+    return peak_bytes(device) or int(psutil.Process().memory_info().rss)
 
 
 def attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:

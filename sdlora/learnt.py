@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sdlora import best, settings
 from sdlora.errors import UserError
-from sdlora.judge import Asking, Judged
+from sdlora.judge import Asking, Judge, Judged
 from sdlora.settling import settle
 from sdlora.studio import Studio
 
@@ -30,7 +30,8 @@ def learnt(run: Path, studio: Studio, name: str) -> Learnt:
     if not config.is_file():
         what = "no run lies beside this pack, so nobody knows its pictures"
         raise UserError("E-BEST-02", what, run, "judge it by a folder with `sdlora find best PACK --data FOLDER`")
-    judge = best.learnt(settle(settings.read(config), config), studio, name, ASKING, run)
+    judge = Judge(studio, *best.asked(settle(settings.read(config), config), studio, ASKING, run))
+    judge.ask(name, 0)
     base, pack = judge.rows
     if pack.effect < NOTHING:
         todo = "train longer, at a higher rate, or with more layers as adapter.targets"
