@@ -1,10 +1,12 @@
 """Runs side by side over one base: each is told, saved, stopped and finished as if it were alone. A run by itself is a cast of one."""
 
 import contextlib
+import functools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,15 +165,13 @@ def _together(members: Sequence[Member], setup: Setup, planned: Plan, accelerato
         ended = []
     for member in ended:
         yield from follow(member, job.take_off(member))
-    base = members[0].job.base
+    open_studio = functools.cache(partial(Studio.open, members[0].job.base))
     for member in members:
         member.course = None
     del setup  # the base is loaded again in the precision of pictures: make room
     accelerator.free_memory()
-    if ended:
-        studio = Studio.open(base)
-        for member in going(ended):
-            yield from follow(member, job.finish(member, studio))
+    for member in going(ended):
+        yield from follow(member, job.finish(member, open_studio))
 
 
 def _ready(members: Sequence[Member], setup: Setup) -> Iterator[Event]:

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from sdlora import diagnose, pictures, preview, safeio, state, validation
 from sdlora.config import Run
 from sdlora.errors import NUMBERS, UserError
-from sdlora.events import Event, patiently
+from sdlora.events import Event, patiently, warn_on_failure
 from sdlora.judge import Judge, overtrained
 from sdlora.schedule import rate
 from sdlora.state import Progress, Score
@@ -64,7 +63,7 @@ class Course:
                 base = validation.loss(self.setup, self.slot, self.held, 0.0)
                 yield Event("validation", f"loss of the base on {len(self.held)} pictures held out: {base:.5f}", data={"loss": base})
             if self.settled.preview.every:
-                yield from self._look()
+                yield from self._optional("preview", self._look())
         self.learner.left = self.is_over
 
     def after(self, trained: Trained) -> Iterator[Event]:
@@ -81,13 +80,14 @@ class Course:
             self.unread.clear()
         self.progress.step = trained.step
         self.progress.beside = [self.setup.learners[slot].name for slot in trained.loss if slot != self.slot]
-        if due:
+        if due and self.held:
             yield from self._validate()
-            yield from self._judge()
+        if due and self.asking:
+            yield from self._optional("judgment of pictures", self._judge())
         if save:
             yield from self._save()
         if self.stop.sample or (self.settled.preview.every and trained.step % self.settled.preview.every == 0):
-            yield from self._look()
+            yield from self._optional("preview", self._look())
         if stopping and trained.step != train.steps:
             yield from self.halt()
         elif self._is_enough():
@@ -151,9 +151,11 @@ class Course:
             also = f"; left out from step {since + 1} on" if news else ""
             yield Event("warning", f"step {step + 1}: {what}{also}", step=step + 1, data={"pictures": [self.names[one] for one in news]})
 
+    def _optional(self, what: str, events: Iterator[Event]) -> Iterator[Event]:
+        """Events of a look at what was learnt, which training can do without."""
+        return warn_on_failure(events, f"no {what}; training goes on", self.progress.step)
+
     def _validate(self) -> Iterator[Event]:
-        if not self.held:
-            return
         with self.learner.averaged():
             loss = validation.loss(self.setup, self.slot, self.held)
         self.progress.validations.append((self.progress.step, loss))
@@ -163,19 +165,11 @@ class Course:
         yield Event("validation", text, step=self.progress.step, data={"loss": loss})
 
     def _judge(self) -> Iterator[Event]:
-        """Draw pictures and judge them; without memory for that, training goes on without."""
-        if not self.asking:
-            return
-        try:
-            with self.learner.averaged():
-                self.judge = self.judge or self.asking(Studio(self.setup.family, self.setup.bank, {}))
-                (one,) = self.judge.ask(self.learner.name, self.progress.step, [1.0])
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            clear_device_cache(garbage_collection=True)
-            yield Event("warning", "memory did not suffice to judge pictures; training goes on", step=self.progress.step)
-            return
+        """Draw pictures and judge them."""
+        assert self.asking
+        with self.learner.averaged():
+            self.judge = self.judge or self.asking(Studio(self.setup.family, self.setup.bank, {}))
+            (one,) = self.judge.ask(self.learner.name, self.progress.step, [1.0])
         score = Score(one.step, one.score, one.likeness, one.drift, one.memorisation)
         self.progress.scores.append(score)
         text = f"judged by pictures: likeness {one.likeness:.3f} (the base {self.judge.rows[0].likeness:.3f}), drift {one.drift:.3f}"
@@ -197,17 +191,8 @@ class Course:
     def _look(self) -> Iterator[Event]:
         self.stop.sample = False
         studio = Studio(self.setup.family, self.setup.bank, {})
-        try:
-            with self.learner.averaged():
-                row = pictures.row(preview.in_training(studio, self.settled, 1.0 if self.progress.step else 0.0))
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            row = None
-        if row is None:
-            clear_device_cache(garbage_collection=True)
-            yield Event("warning", "memory did not suffice for a preview; training goes on", step=self.progress.step)
-            return
+        with self.learner.averaged():
+            row = pictures.row(preview.in_training(studio, self.settled, 1.0 if self.progress.step else 0.0))
         path = Path("previews") / f"step-{self.progress.step:06d}.png"
         content = pictures.encode(row, {})
         yield from patiently(lambda: safeio.write(self.out / path, content), self.stop)

@@ -1,18 +1,33 @@
-"""Where a run computes and in which precision; accelerate brings the device, the processes and the fp16 gradient scaler."""
+"""Where a run computes, in which precision, and what memory there allows; accelerate brings the device, the processes and the fp16 gradient
+scaler."""
 
 import importlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdlora import processes
-from sdlora.errors import UserError
+from sdlora.errors import RESOURCES, UserError
 
+T = TypeVar("T")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA's allocator, driver and runtime, HIP, XPU, MPS
+    "_status_alloc_failed",  # cuBLAS, cuDNN, cuSOLVER and the others of their kind
+    "cudnn_status_not_supported",  # what some versions of cuDNN say where the workspace of a convolution does not fit
+    "cudaerrormemoryallocation",
+    "can't allocate memory",  # torch on a CPU, under Linux and macOS
+    "not enough memory",  # the same under Windows
+    "allocation failed",  # HPU
+)
+"""What errors say, in small letters, where memory did not suffice."""
 
 
 def for_training(precision: str) -> tuple[Accelerator, torch.dtype]:
@@ -60,6 +75,47 @@ def peak_bytes(device: torch.device) -> int | None:
 def used_bytes(device: torch.device) -> int:
     """What tensors take on a device, at their most until now; on the CPU what the whole process takes now."""
     return peak_bytes(device) or int(psutil.Process().memory_info().rss)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, on whatever device."""
+    said = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(text in said for text in OUT_OF_MEMORY)
+    )
+
+
+@dataclass(frozen=True)
+class Portion:
+    """How much goes through a network at once."""
+
+    rows: int
+    tiled: bool = False  # the autoencoder takes each picture in tiles
+
+    def halve(self, can_tile: bool) -> "Portion | None":
+        """The next smaller one, tiles last; None: there is none."""
+        if self.rows > 1:
+            return Portion((self.rows + 1) // 2)
+        return Portion(1, tiled=True) if can_tile and not self.tiled else None
+
+
+def compute_in_portions(compute: Callable[[Portion], T], rows: int, what: str, can_tile: bool = False) -> T:
+    """`compute`, again from its beginning with half as much at once wherever memory does not suffice, so that all of a result was computed
+    alike. Raises `UserError` where one row of `what` does not fit."""
+    portion: Portion | None = Portion(max(1, rows))
+    reason = ""
+    while portion is not None:
+        try:
+            return compute(portion)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            portion = portion.halve(can_tile)
+        clear_device_cache(garbage_collection=True)  # here the error is gone, and with it what its frames held
+    tiles = ", not even with the autoencoder in tiles" if can_tile else ""
+    todo = "close what else uses this memory, or choose a smaller size"
+    raise UserError("E-MEM-02", f"memory does not suffice for one {what}{tiles}: {reason}", "memory", todo, RESOURCES)
 
 
 def attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Generator
+import traceback
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -46,6 +47,20 @@ class Log:
         else:
             self.waiting.clear()
         return record
+
+
+def warn_on_failure(events: Iterable[Event], what: str, step: int = 0) -> Iterator[Event]:
+    """Events of something that a run can do without. What breaks it becomes a warning that begins with `what`, and the run goes on; an
+    error that is no `UserError` leaves its traceback in the log."""
+    try:
+        yield from events
+        return
+    except UserError as error:
+        told, data = str(error), {}
+    except Exception as error:  # whatever it is, hours of training must not be lost to it
+        told = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        data = {"traceback": "".join(traceback.format_exception(error))}
+    yield Event("warning", f"{what}: {told}", step=step, data=data)
 
 
 def patiently(write: Callable[[], T], stop: Stop) -> Generator[Event, None, T]:

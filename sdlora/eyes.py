@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 
 from sdlora import hub, score
+from sdlora.devices import Portion, compute_in_portions
 from sdlora.errors import UserError
 from sdlora.family import Family
 
@@ -101,14 +102,18 @@ class Transformer(Eyes):
 
     @torch.no_grad()
     def see(self, pixels: Tensor) -> Tensor:
-        found = []
-        for part in torch.split(pixels.float().cpu(), BATCH):
-            x = (F.interpolate(part, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 1) - self.mean) / self.std
-            if self.is_clip:
-                found.append(self.model.visual_projection(self.model.vision_model(x.to(self.device)).pooler_output))
-            else:
-                found.append(self.model(x.to(self.device)).last_hidden_state[:, 0])
-        return torch.cat(found).float().cpu()
+        def seen(portion: Portion) -> Tensor:
+            return torch.cat([self._features(part).float().cpu() for part in torch.split(pixels.float().cpu(), portion.rows)])
+
+        return compute_in_portions(seen, BATCH, f"picture that {self.name} is to see")
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        x = (F.interpolate(pixels, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 1) - self.mean) / self.std
+        if self.is_clip:
+            projected: Tensor = self.model.visual_projection(self.model.vision_model(x.to(self.device)).pooler_output)
+            return projected
+        token: Tensor = self.model(x.to(self.device)).last_hidden_state[:, 0]
+        return token
 
     @torch.no_grad()
     def read(self, texts: Sequence[str]) -> Tensor | None:

@@ -84,12 +84,13 @@ class Family(ABC):
     """Picture sides must be multiples of it."""
 
     @abstractmethod
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents' posterior: (B, 3, H, W) -> 2 x (B, C, H/f, W/f), float32."""
+    def encode(self, pixels: Tensor, tiled: bool = False) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents' posterior: (B, 3, H, W) -> 2 x (B, C, H/f, W/f), float32. `tiled` takes less memory
+        and gives other values near the seams of the tiles."""
 
     @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) -> pixels (B, 3, h·f, w·f), float32."""
+    def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
+        """(B, C, h, w) -> pixels (B, 3, h·f, w·f), float32; `tiled` as in `encode`."""
 
     @abstractmethod
     def tokens(self, captions: Sequence[str]) -> Tensor:

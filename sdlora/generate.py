@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sdlora.adapter import Bank
+from sdlora.devices import Portion, compute_in_portions
 from sdlora.family import Family
 
 
@@ -35,35 +37,40 @@ def initial_latents(family: Family, recipe: Recipe) -> Tensor:
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(recipe.seed))[0]
 
 
-@torch.no_grad()
 def render(family: Family, bank: Bank, recipes: Sequence[Recipe], batch: int = 0) -> Tensor:
     """Pictures (N, 3, H, W) in 0..1 of recipes that agree in size, steps and guidance; each may have scales of its own.
 
-    `batch` rows are computed at once (0: all of them). A row's last bits depend on the batch it is computed in, on any hardware: two
-    pictures are comparable bit for bit when their batches have the same shape.
+    `batch` rows are computed at once (0: all of them), and fewer where memory does not suffice. A row's last bits depend on the batch it is
+    computed in, on any hardware: two pictures are comparable bit for bit when their batches have the same shape.
     """
+    size = "{0.width}x{0.height}".format(recipes[0])
+    draw = partial(render_portion, family, bank, recipes)
+    return compute_in_portions(draw, batch or len(recipes), f"picture of {size} px", can_tile=True)
+
+
+@torch.no_grad()
+def render_portion(family: Family, bank: Bank, recipes: Sequence[Recipe], portion: Portion) -> Tensor:
+    """As `render`, so much at once and no less; on the CPU."""
     first = recipes[0]
     assert all((r.width, r.height, r.steps, r.guidance) == (first.width, first.height, first.steps, first.guidance) for r in recipes)
-    size = batch or len(recipes)
-    before = bank.route
+    before, starts = bank.route, range(0, len(recipes), portion.rows)
     try:
-        parts = [_render(family, bank, recipes[start : start + size]) for start in range(0, len(recipes), size)]
+        return torch.cat([_render(family, bank, recipes[start : start + portion.rows], portion.tiled).cpu() for start in starts])
     finally:
         bank.route = before
-    return torch.cat(parts)
 
 
-def _render(family: Family, bank: Bank, recipes: Sequence[Recipe]) -> Tensor:
+def _render(family: Family, bank: Bank, recipes: Sequence[Recipe], tiled: bool) -> Tensor:
     first = recipes[0]
     scheduler = family.new_scheduler()
     scheduler.set_timesteps(first.steps, device=family.device)
     latents = torch.stack([initial_latents(family, recipe) for recipe in recipes]).to(family.device) * scheduler.init_noise_sigma
     guided = first.guidance > 1
-    _let(bank, [dict(recipe.scales) | dict(recipe.text_scales) for recipe in recipes], family.device)
+    _let(bank, [dict(recipe.scales) | dict(recipe.text_scales) for recipe in recipes])
     states = family.states(family.tokens([recipe.prompt for recipe in recipes]))
     if guided:
         states = torch.cat([family.states(family.tokens([recipe.negative for recipe in recipes])), states])
-    _let(bank, [dict(recipe.scales) for recipe in recipes] * (2 if guided else 1), family.device)
+    _let(bank, [dict(recipe.scales) for recipe in recipes] * (2 if guided else 1))
     for t in scheduler.timesteps:
         x = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, t)
         predicted = family.predict(x, t.expand(len(x)), states).float()
@@ -71,9 +78,9 @@ def _render(family: Family, bank: Bank, recipes: Sequence[Recipe]) -> Tensor:
             empty, said = predicted.chunk(2)
             predicted = empty + first.guidance * (said - empty)
         latents = scheduler.step(predicted, t, latents).prev_sample
-    return (family.decode(latents) / 2 + 0.5).clamp(0, 1)
+    return (family.decode(latents, tiled) / 2 + 0.5).clamp(0, 1)
 
 
-def _let(bank: Bank, rows: Sequence[dict[str, float]], device: torch.device) -> None:
+def _let(bank: Bank, rows: Sequence[dict[str, float]]) -> None:
     """Let each row of the batch have its own scale of each adapter."""
-    bank.use({name: torch.tensor([row.get(name, 0.0) for row in rows], device=device) for name in bank.adapters})
+    bank.use({name: torch.tensor([row.get(name, 0.0) for row in rows]) for name in bank.adapters})

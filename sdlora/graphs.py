@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from sdlora.config import Train
+from sdlora.devices import is_out_of_memory
 from sdlora.errors import UserError
 
 Inputs = Mapping[str, Tensor]
@@ -82,7 +82,7 @@ class Graphs:
         try:
             return Recorded(inputs, run, self.params, self.pool)
         except RuntimeError as error:
-            if should_reduce_batch_size(error):
+            if is_out_of_memory(error):
                 raise
             what = f"this run's steps cannot be recorded: {str(error).splitlines()[0]}"
             raise UserError("E-CONF-16", what, SETTING, "set it to false") from error

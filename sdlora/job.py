@@ -6,10 +6,11 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -21,7 +22,7 @@ from sdlora.config import Run, flat, parse, to_toml
 from sdlora.course import Course
 from sdlora.data import cache, captions, ledger
 from sdlora.errors import UserError
-from sdlora.events import Event, Log, patiently
+from sdlora.events import Event, Log, patiently, warn_on_failure
 from sdlora.family import Family
 from sdlora.judge import Asking, Judge, material
 from sdlora.learners import Job, Latents, adapted, adapted_line, given, new_learner
@@ -54,6 +55,8 @@ class Member:
     course: Course | None = None  # while it trains
     step: int = 0  # that its training ended with
     files: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # tensors of its pack, then, by layout
+    facts: metadata.Facts | None = None  # what the pack's header says of the run, then
+    figures: dict[str, Any] = field(default_factory=dict)  # that its last event says
     pace: list[tuple[int, float]] = field(default_factory=list)  # (step, seconds) at which the device was waited for
     error: UserError | None = None  # what ended it before its time
 
@@ -61,32 +64,39 @@ class Member:
         """Events, each in the log too. What breaks ends this member alone: its last event is `failed`, and `error` holds the cause."""
         try:
             for event in events:
-                self._tell(event)
-                yield event
+                yield from self._tell(event)
         except UserError as error:
             self.error = error
             if self.course:
                 self.course.learner.left = True
-            failed = Event("failed", str(error))
-            self._tell(failed)
-            yield failed
+            yield from self._tell(Event("failed", str(error)))
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, event: Event) -> Iterator[Event]:
+        """An event for the log, the trackers and whoever iterates; before it a warning for each of those that cannot be told."""
         told = event
         if self.course and event.kind == "step" and event.step % self.job.settled.train.log_every == 0:
             # only these are told when they are done
             self.pace.append((event.step, time.monotonic()))
             used = devices.used_bytes(self.course.setup.family.device)
             told = dataclasses.replace(event, data={**event.data, "memory_bytes": used})
-        self.trackers.tell(self.log.add(told))
-        if event.kind in REPORTED:
-            write_report(self.job.out)
+        warnings = [Event("warning", problem, step=event.step) for problem in self.trackers.tell(dataclasses.asdict(told))]
+        warnings += self._report(event.step) if event.kind in REPORTED else []
+        for warning in warnings:
+            self.log.add(warning)
+            yield warning
+        self.log.add(told)
+        if event.kind in REPORTED:  # once more, now that the log holds the event
+            self._report(event.step)
+        yield event
 
+    def _report(self, step: int) -> list[Event]:
+        """Write `report.html`; it can be had again of the run folder at any time, and so ends no run."""
 
-def write_report(out: Path) -> None:
-    """Write `report.html`, unless the disk refuses: it can be had again of the run folder at any time, and ends no run."""
-    with contextlib.suppress(UserError):
-        report.write(out)
+        def written() -> Iterator[Event]:
+            report.write(self.job.out)
+            yield from ()
+
+        return [*warn_on_failure(written(), "no report is written", step)]
 
 
 def check_folder(settled: Run, out: Path) -> list[str]:
@@ -221,7 +231,7 @@ def adopt(course: Course, progress: state.Progress) -> None:
 
 
 def take_off(member: Member) -> Iterator[Event]:
-    """End the training with the tensors of the pack."""
+    """End the training with the pack."""
     course, settled = given(member.course), member.job.settled
     best, setup, learner = course.progress.best(), course.setup, course.learner
     if best and settled.validation.pack == "best" and best[0] != course.progress.step:
@@ -234,48 +244,88 @@ def take_off(member: Member) -> Iterator[Event]:
     if lost > LOST:
         yield Event("warning", f"{lost:.2%} of the pack's numbers are too small for {settled.pack.dtype} and became 0; see pack.dtype")
     member.step = course.progress.step
+    member.facts = known(member)
+    yield from save_packs(member, setup.family)
 
 
-def finish(member: Member, studio: Studio) -> Iterator[Event]:
-    """Look at what was learnt with the very weights of the pack, then write the pack."""
-    job, step, stop = member.job, member.step, member.stop
-    settled = job.settled
-    name = studio.add(file.Pack(settled.name, next(iter(member.files.values())), {"sdlora.adapter": settled.adapter.model_dump()["kind"]}))
-    thumbnail, data = None, {}
-    if settled.preview.scales:
-        rows, scales = preview.strip(studio, settled, name), settled.preview.scales
-        thumbnail = rows[0][1 + min(range(len(scales)), key=lambda i: abs(scales[i] - 1))]
-        texts = {"sdlora": json.dumps(metadata.public(settled, job.base.name))}
-        sheet = pictures.encode(preview.sheet(rows, settled, job.base.name), texts)
-        yield from patiently(lambda: safeio.write(job.out / "strip.png", sheet), stop)
-        data = preview.likeness(studio, settled, name, job.dataset, member.latents)
-        yield Event("note", preview.learnt(data), data=data)
-    scale = None
-    if settled.validation.judge:
-        judge = judging(settled, job.dataset, studio)
-        judge.ask(name, step)
-        verdict = judge.verdict()
-        scale = verdict.best.scale if verdict.best is not judge.rows[0] else None
-        safeio.write(job.out / "score.json", json.dumps(verdict.table(), indent=1))
-        yield Event("note", f"judged: {verdict.words}", data={"score": verdict.table()})
-    hidden = privacy.secrets(job.dataset, settled)
-    shown = set(job.dataset.pool)
-    kept = sum(job.dataset.account.used[i].regularisation for i in shown)
-    facts = metadata.Facts(
-        len(shown), step, job.began, time.time(), job.dataset.buckets, thumbnail, hidden, regularisation=kept, scale=scale
-    )
-    path = job.out / f"{settled.name}.safetensors"
-    inversion = words.inversion(next(iter(member.files.values())), studio.family)
+def known(member: Member) -> metadata.Facts:
+    """What the header of the pack says of the run."""
+    job, shown = member.job, set(member.job.dataset.pool)
+    drawn = sum(job.dataset.account.used[i].regularisation for i in shown)
+    hidden = privacy.secrets(job.dataset, job.settled)
+    return metadata.Facts(len(shown), member.step, job.began, time.time(), job.dataset.buckets, hidden=hidden, regularisation=drawn)
+
+
+def save_packs(member: Member, loaded: Family) -> Iterator[Event]:
+    """Write the pack in each of its layouts, with all in its header that is known by now; a pack that lies there gives way to it whole."""
+    job, settled, facts = member.job, member.job.settled, given(member.facts)
+    inversion = words.inversion(next(iter(member.files.values())), loaded)
     inside = words.bundled(inversion, settled.trigger) if settled.pack.embeddings_inside else {}
     for layout, own in member.files.items():
         tensors = own | inside
-        place = path if layout == settled.pack.layouts[0] else path.with_name(f"{settled.name}.{layout}.safetensors")
-        describe, told = export.describing(settled, studio.family, tensors, facts)
+        name = settled.name if layout == settled.pack.layouts[0] else f"{settled.name}.{layout}"
+        describe, told = export.describing(settled, loaded, tensors, facts)
         yield from told
-        yield from patiently(partial(file.save, place, tensors, describe), stop)
+        yield from patiently(partial(file.save, job.out / f"{name}.safetensors", tensors, describe), member.stop)
     if inversion:
-        beside = path.with_name(f"{settled.name}{words.BESIDE}")
-        safeio.write(beside, safetensors.torch.save(inversion))
+        beside = job.out / f"{settled.name}{words.BESIDE}"
+        yield from patiently(lambda: safeio.write(beside, safetensors.torch.save(inversion)), member.stop)
         yield Event("note", f"the embeddings of the trigger, for other programs: {beside}")
-    yield Event("done", str(path), step=step, data={"seconds": round(time.time() - job.began, 1), **data})
-    studio.remove(name)
+
+
+def finish(member: Member, open_studio: Callable[[], Studio]) -> Iterator[Event]:
+    """Look at what was learnt, and say in the pack's header what was seen. The pack lies on the disk: what breaks here is a warning."""
+    job, before = member.job, member.facts
+    optional = partial(warn_on_failure, step=member.step)
+    has_words = bool(words.apart(next(iter(member.files.values())))[1])
+    if job.settled.preview.scales or job.settled.validation.judge or has_words:
+        yield from optional(look(member, open_studio), "the pack is written, and no picture of it is drawn")
+    if member.facts is not before or has_words:  # embeddings are exact in the precision of pictures alone
+        saved = (event for event in save_packs(member, open_studio().family) if event.kind == "paused")  # what else it says was said
+        yield from optional(saved, "the pack is written, without what its pictures would add to its header")
+    seconds = round(time.time() - job.began, 1)
+    yield Event("done", str(job.out / f"{job.settled.name}.safetensors"), member.step, data={"seconds": seconds, **member.figures})
+
+
+def look(member: Member, open_studio: Callable[[], Studio]) -> Iterator[Event]:
+    """Draw and judge pictures with the very weights of the pack."""
+    settled, studio = member.job.settled, open_studio()
+    optional = partial(warn_on_failure, step=member.step)
+    name = studio.add(file.Pack(settled.name, next(iter(member.files.values())), {"sdlora.adapter": settled.adapter.model_dump()["kind"]}))
+    try:
+        if settled.preview.scales:
+            yield from optional(draw_scales(member, studio, name), "no strip of scales is drawn")
+            yield from optional(measure_likeness(member, studio, name), "what was learnt is not measured")
+        if settled.validation.judge:
+            yield from optional(judge_pack(member, studio, name), "the pack is not judged")
+    finally:
+        studio.remove(name)
+
+
+def draw_scales(member: Member, studio: Studio, name: str) -> Iterator[Event]:
+    """The strip of scales, and of it the pack's thumbnail."""
+    job, settled = member.job, member.job.settled
+    rows, scales = preview.strip(studio, settled, name), settled.preview.scales
+    nearest = min(range(len(scales)), key=lambda i: abs(scales[i] - 1))
+    member.facts = dataclasses.replace(given(member.facts), thumbnail=rows[0][1 + nearest])
+    texts = {"sdlora": json.dumps(metadata.public(settled, job.base.name))}
+    sheet = pictures.encode(preview.sheet(rows, settled, job.base.name), texts)
+    yield from patiently(lambda: safeio.write(job.out / "strip.png", sheet), member.stop)
+
+
+def measure_likeness(member: Member, studio: Studio, name: str) -> Iterator[Event]:
+    """How near pictures come to those trained on."""
+    member.figures = preview.likeness(studio, member.job.settled, name, member.job.dataset, member.latents)
+    yield Event("note", preview.learnt(member.figures), data=member.figures)
+
+
+def judge_pack(member: Member, studio: Studio, name: str) -> Iterator[Event]:
+    """Which scale is best."""
+    judge = judging(member.job.settled, member.job.dataset, studio)
+    judge.ask(name, member.step)
+    verdict = judge.verdict()
+    if verdict.best is not judge.rows[0]:
+        member.facts = dataclasses.replace(given(member.facts), scale=verdict.best.scale)
+    table = json.dumps(verdict.table(), indent=1)
+    yield from patiently(lambda: safeio.write(member.job.out / "score.json", table), member.stop)
+    yield Event("note", f"judged: {verdict.words}", data={"score": verdict.table()})

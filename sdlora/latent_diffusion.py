@@ -1,7 +1,8 @@
 """What the families of latent diffusion (Rombach et al. 2022) share: CLIP text encoders, a UNet, a KL autoencoder, a discrete schedule."""
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,9 @@ SCHEDULE: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": False, "st
 """How these models are sampled, whatever scheduler wrote their config and thus left it out."""
 PREDICTIONS = {"velocity": "v_prediction"}
 """What schedulers call what a network predicts, where that is not the objective's name."""
+AT_ONCE_PX = 512 * 512
+"""Pixels that go through the autoencoder at once: one picture of 512 px or of more, many small ones. It needs 3 GiB for each megapixel."""
+TILE_PX = 512
 UNKNOWN = {"modelspec.architecture": "sdlora-tiny/lora", "ss_base_model_version": "sdlora_tiny", "ss_v2": "False"}
 """What a pack says whose base is of a family's structure, but not of its size."""
 
@@ -41,6 +45,11 @@ def recognised(source: Source, pipeline: str, text_encoder: str = "CLIPTextModel
     size_px = int(unet.get("sample_size", 64)) * 2 ** (len(vae.get("block_out_channels", [0])) - 1)
     said = str(source.config("scheduler").get("prediction_type", "epsilon"))
     return {"size_px": size_px, "prediction": "velocity" if said == "v_prediction" else said, "said": source.says_prediction()}
+
+
+def at_once(height: int, width: int) -> int:
+    """How many pictures of so many pixels the autoencoder takes at once; it depends on nothing else, so that equal batches are equal."""
+    return max(1, AT_ONCE_PX // (height * width))
 
 
 class LatentDiffusion(Family):
@@ -104,22 +113,44 @@ class LatentDiffusion(Family):
         self.most_tokens = (self.row_tokens - 2) * base.text.chunks  # beside the marks of begin and end
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        with self.at_hand("vae"):
-            posterior = self.vae.encode(pixels.to(self.device)).latent_dist
+    def encode(self, pixels: Tensor, tiled: bool = False) -> tuple[Tensor, Tensor]:
+        height, width = pixels.shape[2:]
+        with self.at_hand("vae"), self._tiles(height, width, tiled):
+            posteriors = [self.vae.encode(part.to(self.device)).latent_dist for part in torch.split(pixels, at_once(height, width))]
         factor = self.vae.config.scaling_factor
-        return posterior.mean * factor, posterior.std * factor
+        mean, std = (torch.cat([getattr(one, name) for one in posteriors]) for name in ("mean", "std"))
+        return mean * factor, std * factor
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
+        height, width = (side * self.latent_factor for side in latents.shape[2:])
         latents = latents.float() / self.vae.config.scaling_factor
-        with self.at_hand("vae"):
-            pixels: Tensor = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
-            if self.vae.dtype != torch.float32 and not pixels.isfinite().all():
-                half = self.vae.dtype
-                pixels = self.vae.float().decode(latents).sample
-                self.vae.to(half)
+        with self.at_hand("vae"), self._tiles(height, width, tiled):
+            return torch.cat([self._decoded(part) for part in torch.split(latents, at_once(height, width))])
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        pixels: Tensor = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+        if self.vae.dtype != torch.float32 and not pixels.isfinite().all():
+            half = self.vae.dtype
+            pixels = self.vae.float().decode(latents).sample
+            self.vae.to(half)
         return pixels
+
+    @contextlib.contextmanager
+    def _tiles(self, height: int, width: int, tiled: bool) -> Iterator[None]:
+        """Let the autoencoder take pictures in overlapping squares of half their longer side, at most of `TILE_PX`, if that is wished."""
+        if not tiled:
+            yield
+            return
+        side = max(4, min(TILE_PX, max(height, width) // 2) // self.latent_factor // 4 * 4)  # latents; it overlaps by a quarter
+        before = self.vae.tile_latent_min_size, self.vae.tile_sample_min_size
+        self.vae.enable_tiling()
+        self.vae.tile_latent_min_size, self.vae.tile_sample_min_size = side, side * self.latent_factor
+        try:
+            yield
+        finally:
+            self.vae.disable_tiling()
+            self.vae.tile_latent_min_size, self.vae.tile_sample_min_size = before
 
     def attend(self, by: str) -> None:
         if by == "xformers":

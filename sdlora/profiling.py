@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from sdlora import safeio
 from sdlora.adapter import Bank
 from sdlora.devices import wait
-from sdlora.events import Event
+from sdlora.events import Event, warn_on_failure
 from sdlora.train import Setup, Trained, at_most, drawn, due, sample_losses, steps
 
 WARM, LOOKED = 2, 3
@@ -37,7 +37,8 @@ def watched(setup: Setup, out: Path) -> Iterator[tuple[Trained, list[Event]]]:
             spent += seen
         if trained is None:
             return
-        yield trained, [written(setup, out, spent, found, trained.step)] if count == WARM + LOOKED - 1 else []
+        told = written(setup, out, spent, found, trained.step) if count == WARM + LOOKED - 1 else ()
+        yield trained, [*warn_on_failure(told, "no profile is written", trained.step)]
     yield from ((trained, list[Event]()) for trained in taken)
 
 
@@ -94,7 +95,7 @@ def shares(spent: Counter[str], base: int) -> dict[str, float]:
     return {name: round(value / LOOKED / 1000, 3) for name, value in own.items()}
 
 
-def written(setup: Setup, out: Path, spent: Counter[str], found: profile, step: int) -> Event:
+def written(setup: Setup, out: Path, spent: Counter[str], found: profile, step: int) -> Iterator[Event]:
     """Leave the trace of the last step and a page in the run folder, and say so."""
     parts, where, device = shares(spent, base_alone(setup)), out / "profile", setup.family.device
     with TemporaryDirectory() as aside:  # the profiler writes files itself
@@ -107,4 +108,4 @@ def written(setup: Setup, out: Path, spent: Counter[str], found: profile, step: 
     rows = "".join(f"| {name} | {value:.2f} | {value / whole:.1%} |\n" for name, value in parts.items())
     safeio.write(where / "summary.md", f"{head}| part | ms a step | share |\n|---|---|---|\n{rows}\n{MEANING}\n", durable=False)
     told = ", ".join(f"{name} {value / whole:.0%}" for name, value in parts.items())
-    return Event("note", f"profile of {LOOKED} steps: {told}; see {where / 'summary.md'}", step=step, data={"profile_ms": parts})
+    yield Event("note", f"profile of {LOOKED} steps: {told}; see {where / 'summary.md'}", step=step, data={"profile_ms": parts})

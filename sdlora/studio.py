@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sdlora import defaults, devices, family, generate, pictures
 from sdlora.adapter import Bank
-from sdlora.errors import UserError
+from sdlora.devices import Portion
+from sdlora.errors import RESOURCES, UserError
 from sdlora.family import Base, Family
 from sdlora.generate import Recipe
 from sdlora.packs import file
@@ -40,7 +41,13 @@ class Studio:
     def open(cls, base: Base, dtype: torch.dtype | None = None) -> "Studio":
         """Load a base for generation."""
         device, usual = devices.for_pictures()
-        loaded = family.load(base, device, dtype or usual)
+        try:
+            loaded = family.load(base, device, dtype or usual)
+        except (RuntimeError, MemoryError) as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            what = f"memory does not suffice to load the base for pictures: {str(error).partition(chr(10))[0]}"
+            raise UserError("E-MEM-03", what, base.name, "close what else uses this memory", RESOURCES) from None
         return cls(loaded, Bank(loaded.components), {})
 
     def add(self, pack: file.Pack, partial: bool = False) -> str:
@@ -95,12 +102,22 @@ class Studio:
         return self.render([replace(recipe, scales=tuple((name, scale) for name in adapters)) for scale in scales])
 
     def strips(self, recipes: Sequence[Recipe], names: Iterable[str], scales: Sequence[float]) -> list[list[Image.Image]]:
-        """For each recipe: the base, then every scale. The bases are rendered without an adapter, in batches of a strip's size."""
+        """For each recipe: the base, without an adapter, then every scale; all of it in batches of one size."""
         adapters = list(names)
         plain = [recipe.at(scales=(), text_scales=()) for recipe in recipes]
-        padding = plain[-1:] * (-len(plain) % len(scales))
-        bases = self.render([*plain, *padding], batch=len(scales))
-        return [[base, *self.strip(recipe, adapters, scales)] for base, recipe in zip(bases, recipes, strict=False)]
+        scaled = [[recipe.at(scales=tuple((name, scale) for name in adapters)) for scale in scales] for recipe in recipes]
+
+        def drawn(portion: Portion) -> list[list[Image.Image]]:
+            bases = self._full_batches(plain, portion)
+            return [[base, *self._full_batches(own, portion)] for base, own in zip(bases, scaled, strict=True)]
+
+        return devices.compute_in_portions(drawn, len(scales), f"picture of {recipes[0].width}x{recipes[0].height} px", can_tile=True)
+
+    def _full_batches(self, recipes: Sequence[Recipe], portion: Portion) -> list[Image.Image]:
+        """The pictures, none of them from a smaller batch than the others, so that what is equal in two of them is equal bit for bit."""
+        padding = -len(recipes) % portion.rows
+        pixels = generate.render_portion(self.family, self.bank, [*recipes, *[recipes[-1]] * padding], portion)
+        return pictures.images(pixels[: len(recipes)])
 
     def png(self, picture: Image.Image, recipe: Recipe) -> bytes:
         """The picture as a PNG with its recipe inside."""

@@ -1,5 +1,6 @@
 """Experiment trackers: the figures among a run's events, told to programs that accelerate knows. The loop knows nothing of them."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -32,13 +33,22 @@ class Trackers:
             self._open.append(tracker)
         return self
 
-    def tell(self, event: Mapping[str, Any]) -> None:
-        """Pass on the figures of one line of the log."""
+    def tell(self, event: Mapping[str, Any]) -> list[str]:
+        """Pass on the figures of one event. A tracker that fails is told no more; what is said of it is returned."""
         found = dict(event.get("data", {})) | ({"loss": event["loss"]} if event.get("loss") is not None else {})
         figures = {f"{event['kind']}/{key}": value for key, value in found.items() if type(value) in (int, float)}
-        for tracker in self._open if figures else ():
-            tracker.log(figures, step=event.get("step", 0))
+        problems = []
+        for tracker in list(self._open) if figures else ():
+            try:
+                tracker.log(figures, step=event.get("step", 0))
+            except Exception as error:  # a server that is gone, a disk that is full: no reason to stop training
+                self._open.remove(tracker)
+                problems.append(f"{tracker.name} is told no more: {type(error).__name__}: {error}")
+        return problems
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for tracker in self._open:
-            tracker.finish()
+            try:
+                tracker.finish()
+            except Exception as problem:
+                warnings.warn(f"{tracker.name} did not end well: {type(problem).__name__}: {problem}", stacklevel=2)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -17,6 +17,7 @@ from sdlora.adapter import Bank, Route
 from sdlora.config import Train
 from sdlora.data.ahead import Ahead
 from sdlora.data.batches import Batch, Prepared, grouped
+from sdlora.devices import is_out_of_memory
 from sdlora.errors import RESOURCES, UserError
 from sdlora.family import RECOMPUTED, Family
 from sdlora.graphs import Graphs, Inputs
@@ -194,10 +195,10 @@ def gradients(setup: Setup, slots: Sequence[int]) -> Tensor:
         at_once, needed = setup.fitting(min(at_most(learners), own)), ""
         try:
             loss = _accumulate(setup, slots, at_once)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
-            needed = str(error).splitlines()[0]
+            needed = str(error).partition("\n")[0] or type(error).__name__
         params = [one for learner in learners for one in learner.params.values()] if setup.processes.count > 1 else []
         lacking, *moved = setup.processes.any_of([bool(needed), *(one.grad is not None for one in params)])
         if not lacking:
@@ -306,7 +307,7 @@ def sample_losses(family: Family, bank: Bank, batch: Batch, goals: Sequence[Goal
             base = said(family, noised.x[prior], noised.t[prior], text[prior], frame[prior])
             target = target.index_copy(0, prior, base.to(target.dtype))
     active = tuple(sorted(set(batch.slots)))
-    bank.route = Route(torch.ones(1, device=device), batch.slot if len(goals) > 1 else None, active, batch.key.to(device))
+    bank.route = Route(torch.ones(1, device=device), batch.slots if len(goals) > 1 else None, active, batch.key.to(device))
     predicted = said(family, noised.x, noised.t, text, frame).to(target.dtype)
     share = noised.t / len(family.alphas_cumprod)
     missed = [miss(predicted[rows], target[rows], noised.snr[rows], goal.config, share[rows]) for goal, rows in by_goal(batch, goals)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdlora.devices import Portion, compute_in_portions
 from sdlora.family import Family
 from sdlora.randomness import normal
 from sdlora.train import Goal, Setup, said
@@ -28,17 +29,22 @@ class HeldOut:
 @torch.no_grad()
 def loss(setup: Setup, slot: int, pictures: Sequence[HeldOut], strength: float = 1.0) -> float:
     """Mean squared error, unweighted, of the adapter at a strength (0: the base) over all pictures and timesteps."""
-    total, before, learner = 0.0, setup.bank.route, setup.learners[slot]
+    before, learner = setup.bank.route, setup.learners[slot]
     at_once = setup.fitting(learner.train.batch_size or 1)  # its own, so that company does not change the figure
     setup.bank.use({learner.name: strength})
-    try:
+
+    def summed(portion: Portion) -> float:
+        total = 0.0
         for shape in dict.fromkeys(one.latents.shape for one in pictures):
             rows = [(one, i) for one in pictures if one.latents.shape == shape for i in range(TIMES)]
-            for start in range(0, len(rows), at_once):
-                total += float(_errors(setup.family, learner.goal, rows[start : start + at_once]).sum())
+            for start in range(0, len(rows), portion.rows):
+                total += float(_errors(setup.family, learner.goal, rows[start : start + portion.rows]).sum())
+        return total
+
+    try:
+        return compute_in_portions(summed, at_once, "picture held out") / (len(pictures) * TIMES)
     finally:
         setup.bank.route = before
-    return total / (len(pictures) * TIMES)
 
 
 def _errors(family: Family, goal: Goal, rows: Sequence[tuple[HeldOut, int]]) -> Tensor:

@@ -11,12 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    "errors", "lookup", "settings", "randomness", "safeio", "processes", "lock", "stop", "events", "laps", "hub", "defaults", "config",
+    "errors", "lookup", "settings", "randomness", "safeio", "processes", "devices", "lock", "stop", "events", "laps", "hub",
+    "defaults", "config",
     "quantise", "layers", "adapter", "lowrank", "fused", "compiled", "graphs",
     "source", "original", "ldm", "vae", "family", "latent_diffusion", "objective",
     "optimizer", "captioner",
     "families", "adapters", "objectives", "optimizers", "captioners",
-    "devices", "data", "probe", "generate", "schedule", "packs", "pictures", "score", "eyes", "measures",
+    "data", "probe", "generate", "schedule", "packs", "pictures", "score", "eyes", "measures",
     "record", "queue", "charts", "plots", "report", "trackers",
     "train", "state", "validation", "diagnose", "studio", "judge", "judged", "preview", "priors", "estimate", "parity", "plan", "profiling",
     "course", "learners", "settling", "best", "learnt", "export", "job", "search", "kinds", "average", "cast", "sweep", "sharing",
