@@ -210,10 +210,10 @@ def adapted(unet: nn.Module, members: int) -> arms.Arm:
     config = kind.Config(rank=arms.RANK, alpha=float(arms.RANK))
     for i in range(members):
         bank.add(str(i), {f"unet.{name}": (kind, config) for name in layers}, lambda dotted, i=i: stream(i, dotted))
-    index = torch.arange(members) if members > 1 else None
+    slots = range(members) if members > 1 else None
 
     def predict(x: Tensor, sample: arms.Sample) -> Tensor:
-        bank.route = Route(torch.ones(1, device=device), index)
+        bank.route = Route(torch.ones(1, device=device), slots)
         return arms.said(unet, x, sample, torch.bfloat16)
 
     found = {f"{i}.{name}": one for i in range(members) for name, one in bank.parameters(str(i)).items()}

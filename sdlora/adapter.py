@@ -125,29 +125,38 @@ class Delta(nn.Module):
 
         A kind with a faster way overrides this loop.
         """
-        for slot, delta in deltas:
-            rows, strength = route.rows(slot, len(x))
-            if rows is not None and not len(rows):
-                continue
-            own_x, own_y = (x, y) if rows is None else (x[rows], y[rows])
-            keys = route.keys if rows is None or route.keys is None else route.keys[rows]
-            change = delta.change(layer, own_x, own_y) if keys is None else delta.dropped(layer, own_x, own_y, keys)
-            part = wide(strength, y) * change
-            out = out + part if rows is None else out.index_add(0, rows, part.to(y.dtype))
-        return out
+        if route.slots is None:
+            for slot, delta in deltas:
+                out = out + wide(route.strength[..., slot].reshape(-1), y) * delta.change_with_dropout(layer, x, y, route.keys)
+            return out
+        by_slot, parts = dict(deltas), list[Tensor]()
+        for slot, rows in route.blocks:
+            part = out[rows]
+            if slot in by_slot:  # else the samples keep the layer's output: their adapter does not sit here
+                keys = None if route.keys is None else route.keys[rows]
+                part = part + wide(route.strength_of(rows), y) * by_slot[slot].change_with_dropout(layer, x[rows], y[rows], keys)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def change_with_dropout(self, layer: nn.Module, x: Tensor, y: Tensor, keys: Tensor | None) -> Tensor:
+        """`change`, or in training, which has keys, `dropped`; in the dtype of the output."""
+        change = self.change(layer, x, y) if keys is None else self.dropped(layer, x, y, keys)
+        return change.to(y.dtype)
 
 
 @dataclass(frozen=True)
 class Route:
     """Which adapters act on which samples of a batch.
 
-    `index` (B,) names the one slot of each sample and `strength` is (B,) or (1,); without `index` every slot acts on every sample and
+    `slots` names the one slot of each sample and `strength` is (B,) or (1,); without `slots` every slot acts on every sample and
     `strength` is (K,) or (B, K). Where `active` names some slots, all others act on no sample and cost nothing. In training, and only
     there, `keys` (B,) int64 are what the random numbers of each sample's dropout are made of.
+
+    The slots are numbers of the host, so that no layer waits for the device to learn which rows are whose.
     """
 
     strength: Tensor
-    index: Tensor | None = None
+    slots: Sequence[int] | None = None
     active: tuple[int, ...] | None = None
     keys: Tensor | None = None
     kept: dict[Any, Any] = field(default_factory=dict, compare=False)
@@ -155,25 +164,20 @@ class Route:
 
     def alike(self, slot: int) -> Tensor | None:
         """The strength () at which a slot acts on every sample, if it is one for all of them."""
-        if self.index is not None and [own for own, _ in self.blocks] != [slot]:
+        if self.slots is not None and [own for own, _ in self.blocks] != [slot]:
             return None
-        strength = self.strength if self.index is not None else self.strength[..., slot]
+        strength = self.strength if self.slots is not None else self.strength[..., slot]
         return strength.reshape(()) if strength.numel() == 1 else None
 
-    def rows(self, slot: int, batch: int) -> tuple[Tensor | None, Tensor]:
-        """The samples that a slot acts on (None: all of them) and its strength on them: (n,) or (1,)."""
-        if self.index is None:
-            return None, self.strength[..., slot].reshape(-1)
-        blocks = [rows for own, rows in self.blocks if own == slot]
-        rows = torch.cat([torch.arange(one.start, one.stop, device=self.index.device) for one in blocks or [slice(0, 0)]])
-        strength = self.strength if len(self.strength) == 1 else self.strength[rows]
-        return (None, strength) if len(rows) == batch else (rows, strength)
+    def strength_of(self, rows: slice) -> Tensor:
+        """The strength on some samples of a batch that has slots: (n,) or (1,)."""
+        return self.strength if len(self.strength) == 1 else self.strength[rows]
 
     @cached_property
     def blocks(self) -> list[tuple[int, slice]]:
-        """The samples of one slot that lie together, as (slot, rows), in order; read from the device once for all layers."""
+        """The samples of one slot that lie together, as (slot, rows), in order."""
         found, start = list[tuple[int, slice]](), 0
-        for slot, rows in itertools.groupby(self.index.tolist() if self.index is not None else ()):
+        for slot, rows in itertools.groupby(() if self.slots is None else map(int, self.slots)):
             end = start + len(list(rows))
             found.append((slot, slice(start, end)))
             start = end
@@ -182,7 +186,7 @@ class Route:
 
 def wide(strength: Tensor, like: Tensor) -> Tensor:
     """Strengths (B,) or (1,) in the shape that multiplies a batch (B, ...)."""
-    return strength.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+    return strength.to(like).view(-1, *[1] * (like.ndim - 1))
 
 
 class Site(nn.Module):
@@ -280,15 +284,19 @@ class Bank:
             self.remove(name)
 
     def use(self, strengths: Mapping[str, float | Tensor] | None) -> None:
-        """Let the named adapters act on every sample at a strength, a number or one per sample (B,); None or all zero: the base."""
-        chosen = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in (strengths or {}).items()}
+        """Let the named adapters act on every sample at a strength, a number or one per sample (B,); None or all zero: the base.
+
+        Strengths are looked at, and so belong on the CPU; they go to where the layers are in one copy.
+        """
+        chosen = {name: torch.as_tensor(value, dtype=torch.float32, device="cpu") for name, value in (strengths or {}).items()}
         if not any(bool(value.any()) for value in chosen.values()):
             self.route = None
             return
         rows = max((value.numel() for value in chosen.values()), default=1)
         columns = [chosen.get(name, torch.zeros(())).expand(rows) for name in self.adapters]
         active = tuple(slot for slot, name in enumerate(self.adapters) if name in chosen and bool(chosen[name].any()))
-        self.route = Route(torch.stack(columns, 1), None, active)
+        devices = (parameter.device for component in self.components.values() for parameter in component.parameters())
+        self.route = Route(torch.stack(columns, 1).to(next(devices, "cpu")), None, active)
 
     def deltas(self, name: str) -> Iterator[tuple[str, nn.Module, Delta]]:
         """(full layer name, layer, delta) of one adapter."""

@@ -517,7 +517,7 @@ def test_dropout_is_a_function_of_layer_and_sample_that_keeps_the_mean(name: str
     for rows in (order, order[:1], order[1:]):
         bank.route = Route(one, keys=keys[rows])
         torch.testing.assert_close(run(bank, x[rows]), dropped[rows], rtol=1e-12, atol=1e-12)
-    bank.route = Route(one, torch.tensor([0, 1, 0, 1]), keys=keys)
+    bank.route = Route(one, [0, 1, 0, 1], keys=keys)
     torch.testing.assert_close(run(bank, x)[[0, 2]], dropped[[0, 2]], rtol=1e-12, atol=1e-12)
     assert torch.equal(run(bank, x)[[1, 3]], layer(x)[[1, 3]])
     bank.route = Route(one, keys=torch.arange(3000))
@@ -726,7 +726,7 @@ def test_each_sample_of_a_routed_batch_goes_through_its_own_adapter_alone(kind: 
             del bank.sites["unet.layer"].deltas["abc"[missing]]
         for index in ([2, 0, 1, 0], [1, 1, 1, 1], [0, 0, 2, 2], [2, 2, 2, 2]):
             strength = small.numbers((4,), 2, torch.float64) if per_sample and module.Adapter.merges else torch.ones(1, dtype=torch.float64)
-            bank.route = Route(strength, torch.tensor(index))
+            bank.route = Route(strength, index)
             wanted = layer(x)
             for row, slot in enumerate(index):
                 if slot != missing:
@@ -745,7 +745,7 @@ def test_kinds_share_a_layer_and_a_batch(kind: str) -> None:
     bank = banked(layer, kinds, ranks, torch.float64)
     bank.route = Route(torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64))
     torch.testing.assert_close(run(bank, x), layer(x) + 0.5 * parts[0] - parts[1] + 2 * parts[2], rtol=1e-12, atol=1e-12)
-    bank.route = Route(torch.tensor([1.0, 0.3, 1.0, -2.0], dtype=torch.float64), torch.tensor([1, 0, 2, 1]))
+    bank.route = Route(torch.tensor([1.0, 0.3, 1.0, -2.0], dtype=torch.float64), [1, 0, 2, 1])
     wanted = layer(x) + torch.stack([parts[1][0], 0.3 * parts[0][1], parts[2][2], -2 * parts[1][3]])
     torch.testing.assert_close(run(bank, x), wanted, rtol=1e-12, atol=1e-12)
 
@@ -754,7 +754,7 @@ def test_kinds_share_a_layer_and_a_batch(kind: str) -> None:
 def test_gradients_of_a_routed_batch_reach_only_the_samples_own_adapter(kind: str) -> None:
     _, layer, x = kind_and_layer(kind, "linear", torch.float64)
     bank = banked(layer, [kind] * 3, (2, 1, 3), torch.float64)
-    bank.route = Route(torch.ones(1, dtype=torch.float64), torch.tensor([0, 2, 0, 2]))
+    bank.route = Route(torch.ones(1, dtype=torch.float64), [0, 2, 0, 2])
     run(bank, x).square().sum().backward()
     grads = {name: list(bank.parameters(name).values()) for name in "abc"}
     assert all(p.grad is None or not p.grad.any() for p in grads["b"])
@@ -769,7 +769,7 @@ def test_gradients_of_a_routed_batch_reach_only_the_samples_own_adapter(kind: st
 def test_a_flat_batch_is_routed_as_well() -> None:
     layer, x = new_layer("linear", torch.float64)
     bank = banked(layer, ["lora", "lora"], (2, 3), torch.float64)
-    for route in (Route(torch.ones(1).double(), torch.tensor([1, 0, 0, 1])), Route(small.numbers((4, 2), 3, torch.float64))):
+    for route in (Route(torch.ones(1).double(), [1, 0, 0, 1]), Route(small.numbers((4, 2), 3, torch.float64))):
         bank.route = route
         torch.testing.assert_close(run(bank, x[:, 0]), run(bank, x)[:, 0], rtol=1e-12, atol=1e-12)
 

@@ -171,7 +171,7 @@ def test_it_is_what_layer_by_layer_is(way: str, monkeypatch: pytest.MonkeyPatch)
             x = checkpoint(layer, x, use_reentrant="reentrantly" in way)
         return x
 
-    alike = Route(torch.tensor([0.7]), torch.zeros(4, dtype=torch.long) if way == "routed" else None)
+    alike = Route(torch.tensor([0.7]), [0] * 4 if way == "routed" else None)
     expected = gradients(bank, Route(torch.full((4, 1), 0.7)), x, lambda network, x: network(x))
     assert not calls, "strengths of their own go the general way"
     bank.route, given = alike, x.clone().requires_grad_()

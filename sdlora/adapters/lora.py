@@ -75,7 +75,7 @@ class Adapter(Factors):
         strength = route.alike(slot) if route and self._is_plain(layer) else None
         if route is None or strength is None:
             return None
-        key = (slot, x.dtype, torch.is_grad_enabled())
+        key = (slot, x.dtype, x.device, torch.is_grad_enabled())
         own = route.kept.get(key, {}).get(self)
         if own is None or not own.is_fresh:
             groups = together(bank, bank.adapters[slot])
@@ -133,11 +133,14 @@ class Adapter(Factors):
         single = any(one.first is not None or (route.keys is not None and any(one.dropouts)) for one in loras)
         if single or not isinstance(layer, nn.Linear):
             return super().mixed(deltas, layer, x, y, out, route)
-        if route.index is None:
+        if route.slots is None:
             return _stacked(deltas, x, out, route.strength)
-        if len(deltas) == 1:
+        by_slot = {slot: delta for slot, delta in deltas if isinstance(delta, Adapter)}
+        chosen = [by_slot[slot] for slot, _ in route.blocks if slot in by_slot]
+        sizes = {rows.stop - rows.start for _, rows in route.blocks}
+        if len(deltas) == 1 or len(chosen) < len(route.blocks) or len(sizes) > 1:
             return super().mixed(deltas, layer, x, y, out, route)
-        return _routed({slot: delta for slot, delta in deltas if isinstance(delta, Adapter)}, layer, x, out, route)
+        return _batched(chosen, x, out, route.strength)
 
 
 def together(bank: Bank, name: str) -> list[list[tuple[nn.Module, Adapter]]]:
@@ -165,22 +168,14 @@ def _stacked(deltas: Sequence[tuple[int, Delta]], x: Tensor, out: Tensor, streng
     return torch.addmm(out.flatten(0, -2), hidden, up.t()).view_as(out)
 
 
-def _routed(loras: Mapping[int, Adapter], layer: nn.Linear, x: Tensor, out: Tensor, route: Route) -> Tensor:
-    """One adapter per sample. Blocks of as many samples each go through one batched product, factors padded to the largest rank."""
-    blocks = [(loras.get(slot), rows) for slot, rows in route.blocks]
-    chosen = [lora for lora, _ in blocks if lora]
-    if len(chosen) < len(blocks) or len({rows.stop - rows.start for _, rows in blocks}) > 1:
-        parts = []
-        for lora, rows in blocks:  # a sample whose adapter does not sit here keeps the layer's output
-            strength = route.strength if len(route.strength) == 1 else route.strength[rows]
-            parts.append(out[rows] + wide(strength, x) * lora.change(layer, x[rows], out[rows]) if lora else out[rows])
-        return torch.cat(parts)
-    rank = max(lora.rank for lora in chosen)
-    down = torch.stack([F.pad(lora.down, (0, 0, 0, rank - lora.rank)) for lora in chosen]).to(x.dtype)  # (blocks, r, in)
-    up = torch.stack([F.pad(lora.up * lora.scale, (0, rank - lora.rank)) for lora in chosen]).to(x.dtype)  # (blocks, out, r)
-    hidden = torch.bmm(x.reshape(len(blocks), -1, x.shape[-1]), down.mT)
-    share = wide(route.strength.to(x.device), x) * hidden.view(*x.shape[:-1], rank)
-    return torch.baddbmm(out.reshape(len(blocks), -1, out.shape[-1]), share.view_as(hidden), up.mT).view_as(out)
+def _batched(loras: Sequence[Adapter], x: Tensor, out: Tensor, strength: Tensor) -> Tensor:
+    """As many samples for each of the adapters, in their order: one batched product, factors padded to the largest rank."""
+    count, rank = len(loras), max(lora.rank for lora in loras)
+    down = torch.stack([F.pad(lora.down, (0, 0, 0, rank - lora.rank)) for lora in loras]).to(x.dtype)  # (blocks, r, in)
+    up = torch.stack([F.pad(lora.up * lora.scale, (0, rank - lora.rank)) for lora in loras]).to(x.dtype)  # (blocks, out, r)
+    hidden = torch.bmm(x.reshape(count, -1, x.shape[-1]), down.mT)
+    share = wide(strength, x) * hidden.view(*x.shape[:-1], rank)
+    return torch.baddbmm(out.reshape(count, -1, out.shape[-1]), share.view_as(hidden), up.mT).view_as(out)
 
 
 def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
