@@ -90,7 +90,7 @@ def left_of_the_loss(one: Family, rate: float) -> float:
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_it_learns(name: str, families: dict[str, Path]) -> None:
-    """Embeddings near those that are sought leave about a seventh of the loss, those that nobody moves all of it; the bound lies between."""
+    """A seventh of the loss is left, or a sixth; where nobody moves them, all of it. The bound lies between."""
     one = loaded(families[name])
     assert left_of_the_loss(one, 0.01) < 0.5
     assert left_of_the_loss(one, 0.0) == pytest.approx(1.0, rel=1e-6), "the control"
