@@ -1,12 +1,15 @@
 """Small things to test with: a random base of Stable Diffusion's structure, folders of pictures, runs of a few steps."""
 
+import importlib
+import os
 import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
@@ -169,6 +172,21 @@ def stream_of(dotted: str) -> Any:
     from sdlora.randomness import stream
 
     return stream(0, f"init/{dotted}")
+
+
+def lacks(what: str) -> NoReturn:
+    """Skip a test for want of something that `.ci/run` installs; there the want is an error."""
+    if os.environ.get("CI"):
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+def library(name: str) -> Any:
+    """A package that only some users install, and whoever works on this."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        lacks(f"{name} is not installed: pip install -e '.[dev]'")
 
 
 def calls(work: Callable[[], object]) -> int:

@@ -406,7 +406,7 @@ def worker_of(out: Path, driver: subprocess.Popen[str]) -> int:
 @pytest.mark.slow
 def test_six_jobs_on_two_workers_one_of_them_killed_give_the_undisturbed_packs(squares: Path, tmp_path: Path) -> None:
     """A real Ray of two CPUs. The undisturbed runs are made here, in one process."""
-    pytest.importorskip("ray")
+    small.library("ray")
     place, runs = tmp_path / "fleet", [small.settled(squares, Path("tiny"), name=f"j{i}", seed=i, **QUICK) for i in range(6)]
     runs[0] = small.settled(squares, Path("tiny"), name="j0", seed=0, **{**QUICK, "train__steps": 96})  # long enough to be met at work
     words = ["--in", str(place), "--workers", "2"]
