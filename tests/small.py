@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +25,8 @@ from sdlora.family import Family
 from sdlora.packs import file
 
 TOKENS = 16
+PATIENCE_S = 3000.0
+"""How long is waited for a state: against hanging alone, far above what the busiest machine takes to come to it."""
 SMALL_UNET: dict[str, Any] = {
     "sample_size": 8,
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -187,6 +190,14 @@ def library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         lacks(f"{name} is not installed: pip install -e '.[dev]'")
+
+
+def until(happens: Callable[[], object]) -> None:
+    """Wait for a state."""
+    end = time.monotonic() + PATIENCE_S
+    while not happens():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
 
 
 def calls(work: Callable[[], object]) -> int:

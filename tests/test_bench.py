@@ -153,7 +153,7 @@ def test_open_pages_are_answered_while_pictures_are_drawn(tmp_path: Path, monkey
     answered, waited, draw = threading.Event(), list[bool](), Easel.pair
 
     def late(easel: Easel, wish: Any) -> Any:
-        waited.append(answered.wait(300))  # no page waits for that of another
+        waited.append(answered.wait(small.PATIENCE_S))  # no page waits for that of another
         return draw(easel, wish)
 
     def enough(drawn: int, asked: int) -> bool:

@@ -116,14 +116,12 @@ def test_a_signal_saves_and_exits_with_its_number(signals: list[int], code: int,
         [sys.executable, "-m", "sdlora.cli", "train", str(squares), "--name", "mira", "--base", str(base), *sets, "--out", str(out)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    log, end = out / "events.jsonl", time.monotonic() + 500
-    while not (log.exists() and '"kind": "step"' in log.read_text()):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    log = out / "events.jsonl"
+    small.until(lambda: (log.exists() and '"kind": "step"' in log.read_text()) or process.poll() is not None)
+    assert process.poll() is None, process.communicate()[0]
     for number in signals:
         process.send_signal(number)
-    said, _ = process.communicate(timeout=500)
+    said, _ = process.communicate(timeout=small.PATIENCE_S)
     assert process.returncode == code, said
     last = json.loads(log.read_text().splitlines()[-1])
     if len(signals) == 1:

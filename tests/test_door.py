@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 import pytest
-from small import any_port, draw_folder
+from small import PATIENCE_S, any_port, draw_folder
 
 from sdlora.api import UserError
 from webui import app, door
@@ -35,7 +35,7 @@ class Caller:
         self.cookie = cookie
 
     def __call__(self, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection(self.at, timeout=300)
+        connection = http.client.HTTPConnection(self.at, timeout=PATIENCE_S)
         connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
         said = {"host": self.at, "content-length": str(len(body)), "cookie": self.cookie}
         for name, value in (said | {name.replace("_", "-"): value for name, value in headers.items()}).items():
@@ -226,7 +226,7 @@ def test_no_address_in_a_call_is_fetched(call: Caller) -> None:
         assert not any(json.loads(line.removeprefix("data: "))["success"] for line in ends)
     assert listener.came == 0
     with contextlib.closing(socket.create_connection(("127.0.0.1", listener.port))):  # the control: it would have been counted
-        assert listener.somebody.wait(300)
+        assert listener.somebody.wait(PATIENCE_S)
     assert listener.came == 1
     listener.socket.close()
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -363,23 +363,15 @@ while True: time.sleep(1)"""
         for name in ("pid", "outlived"):
             (tmp_path / name).unlink(missing_ok=True)
         parent = subprocess.Popen([sys.executable, "-c", outer])
-        until(lambda: (tmp_path / "pid").exists())
+        small.until(lambda: (tmp_path / "pid").exists())
         pid = int((tmp_path / "pid").read_text())
         parent.kill()
         parent.wait()
         if bound:
-            until(lambda pid=pid: not is_alive(pid))  # type: ignore[misc]
+            small.until(lambda pid=pid: not is_alive(pid))  # type: ignore[misc]
         else:
-            until((tmp_path / "outlived").exists)  # the control: without it, it goes on
+            small.until((tmp_path / "outlived").exists)  # the control: without it, it goes on
             os.kill(pid, signal.SIGKILL)
-
-
-def until(happens: Callable[[], bool], seconds: float = 500.0) -> None:
-    """Wait for a state, however long a busy machine takes to come to it."""
-    end = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:
@@ -396,7 +388,7 @@ QUICK = {"train__save_every": 2, "train__steps": 6, "train__batch_size": 1}
 
 def worker_of(out: Path, driver: subprocess.Popen[str]) -> int:
     """The Ray worker whose child trains in this folder, once that has written a checkpoint."""
-    until(lambda: bool(list(out.glob("checkpoints/ckpt-*"))) or driver.poll() is not None)
+    small.until(lambda: bool(list(out.glob("checkpoints/ckpt-*"))) or driver.poll() is not None)
     assert driver.poll() is None
     holder = lock.holder(out)
     assert holder is not None
@@ -404,11 +396,11 @@ def worker_of(out: Path, driver: subprocess.Popen[str]) -> int:
 
 
 @pytest.mark.slow
-def test_six_jobs_on_two_workers_one_of_them_killed_give_the_undisturbed_packs(squares: Path, tmp_path: Path) -> None:
+def test_six_jobs_on_two_workers_one_of_them_killed_give_the_undisturbed_packs(squares: Path, base: Path, tmp_path: Path) -> None:
     """A real Ray of two CPUs. The undisturbed runs are made here, in one process."""
     small.library("ray")
-    place, runs = tmp_path / "fleet", [small.settled(squares, Path("tiny"), name=f"j{i}", seed=i, **QUICK) for i in range(6)]
-    runs[0] = small.settled(squares, Path("tiny"), name="j0", seed=0, **{**QUICK, "train__steps": 96})  # long enough to be met at work
+    place, runs = tmp_path / "fleet", [small.settled(squares, base, name=f"j{i}", seed=i, **QUICK) for i in range(6)]
+    runs[0] = small.settled(squares, base, name="j0", seed=0, **{**QUICK, "train__steps": 96})  # long enough to be met at work
     words = ["--in", str(place), "--workers", "2"]
     for run in runs:
         (tmp_path / f"{run.name}.toml").write_text(api.settings_text(run))
@@ -418,7 +410,7 @@ def test_six_jobs_on_two_workers_one_of_them_killed_give_the_undisturbed_packs(s
         try:
             os.kill(worker_of(out, process), signal.SIGKILL)
             killed = time.time()
-            said, _ = process.communicate(timeout=3000)
+            said, _ = process.communicate(timeout=small.PATIENCE_S)
         finally:
             process.kill()
     assert process.returncode == 0, said

@@ -51,7 +51,6 @@ def go(squares: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kills", [50, pytest.param(1000, marks=pytest.mark.large)])
 def test_killed_at_any_time_it_ends_the_same(kills: int, go: Go, tmp_path: Path) -> None:
     go(tmp_path / "first", None)
@@ -76,7 +75,6 @@ def test_killed_at_any_time_it_ends_the_same(kills: int, go: Go, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.large)])
 def test_crashed_at_any_operation_it_ends_the_same(every: int, squares: Path, base: Path, tmp_path: Path) -> None:
     run = small.settled(squares, base)

@@ -99,12 +99,12 @@ def test_a_full_queue_says_so_and_drops_nothing_that_it_took(call: Caller, monke
 
     def pair(easel: Easel, wish: Any) -> Any:
         begun.set()
-        assert all_have_asked.wait(500)
+        assert all_have_asked.wait(small.PATIENCE_S)
         return really(easel, wish)
 
     monkeypatch.setattr(Easel, "pair", pair)
     slow = page.join(draw, [ID, "mira", 1.0, 2, 2, 3.0, ""])
-    assert begun.wait(500)
+    assert begun.wait(small.PATIENCE_S)
     with ThreadPoolExecutor(20) as crowd:
         answers = [slow, *crowd.map(lambda _: page.join(draw, [ID, "mira", 1.0, 1, 2, 3.0, ""]), range(90))]
         all_have_asked.set()

@@ -88,7 +88,7 @@ def test_processes_share_a_store(tmp_path: Path) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(500)
+        worker.join(small.PATIENCE_S)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert not list(tmp_path.glob(f"{safeio.TEMPORARY}*"))
     sizes = sum(path.stat().st_size for path in tmp_path.iterdir())
