@@ -33,7 +33,8 @@ PRESET = {kind: ["attention", "text-encoder"] for kind in KINDS} | {
     "prefix": ["cross-attention-blocks"],
     "prompt": ["words"],
 }
-LAYERS = ("linear", "linear-plain", "conv1", "conv3", "conv3-wide", "attention", "feed-forward", "embedding")
+LAYERS = ("linear", "linear-plain", "conv1", "conv3", "conv3-wide", "attention", "attention-biased", "attention-narrow", "feed-forward",
+          "feed-forward-gelu", "embedding", "embedding-broad")  # fmt: skip
 
 
 def new_layer(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
@@ -49,8 +50,12 @@ def new_layer(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module,
             "conv3-plain": nn.Conv2d(4, 6, 3, bias=False),
             "linear-broad": nn.Linear(36, 25),
             "attention": Attention(6, heads=2, dim_head=4),
+            "attention-biased": Attention(6, heads=2, dim_head=4, bias=True),
+            "attention-narrow": Attention(6, heads=3, dim_head=2),
             "feed-forward": FeedForward(6, mult=2),
+            "feed-forward-gelu": FeedForward(6, mult=3, activation_fn="gelu"),
             "embedding": nn.Embedding(9, 6),
+            "embedding-broad": nn.Embedding(9, 10),
         }[name]
     if isinstance(layer, nn.Embedding):
         layer.register_buffer("ends", torch.arange(9) != 3)
