@@ -24,7 +24,8 @@ def main() -> None:
     said = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         make_run(Path(root))
-        drawn, took = measure(Path(root), said.pages, said.seconds)
+        until = time.monotonic() + said.seconds
+        drawn, took = measure(Path(root), said.pages, lambda *_: time.monotonic() >= until)
     print(f"{said.pages} pages, {len(took)} requests while {drawn} pictures were drawn: {summary(took)}")
 
 
@@ -37,14 +38,14 @@ def make_run(root: Path, steps: int = 1000) -> None:
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
-def measure(root: Path, pages: int, seconds: float) -> tuple[int, list[float]]:
-    """How many pictures were drawn meanwhile, and the seconds of each request."""
+def measure(root: Path, pages: int, enough: Callable[[int, int], bool]) -> tuple[int, list[float]]:
+    """How many pictures were drawn meanwhile, and the seconds of each request; it ends once so many pictures and requests are enough."""
     served = app.launch(root, app.free_port(0))
-    until, took, drawn = time.monotonic() + seconds, list[float](), list[int]()
+    took, drawn = list[float](), list[int]()
 
     def look(number: int) -> None:
         time.sleep(EVERY_S * number / pages)
-        while time.monotonic() < until:
+        while not enough(len(drawn), len(took)):
             began = time.monotonic()
             connection = HTTPConnection(served.url.removeprefix("http://"), timeout=60)
             connection.request("GET", "/live/watch/mira")
@@ -57,7 +58,7 @@ def measure(root: Path, pages: int, seconds: float) -> tuple[int, list[float]]:
         from gradio_client import Client
 
         client = Client(served.url, verbose=False)
-        while time.monotonic() < until:
+        while not enough(len(drawn), len(took)):
             client.predict("", "cat face", 1.0, len(drawn), 25, 0.0, "", api_name="/draw")
             drawn.append(1)
 

@@ -64,7 +64,7 @@ def soaked(root: Path, generations: int, seconds: float, steps: int) -> dict[str
         took = time.monotonic() - began
     finally:
         server.terminate()
-        server.wait(20)
+        server.wait(120)
     sizes, threads, files = zip(*found, strict=True)
     return {
         "generations": len(sizes), "seconds": round(took, 1), "drift": round(drift(sizes), 4),

@@ -1,11 +1,16 @@
 """Small things to test with: a random base of Stable Diffusion's structure, folders of pictures, runs of a few steps."""
 
+import importlib
+import os
 import shutil
 import socket
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
@@ -20,6 +25,8 @@ from sdlora.family import Family
 from sdlora.packs import file
 
 TOKENS = 16
+PATIENCE_S = 3000.0
+"""How long is waited for a state: against hanging alone, far above what the busiest machine takes to come to it."""
 SMALL_UNET: dict[str, Any] = {
     "sample_size": 8,
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -168,6 +175,44 @@ def stream_of(dotted: str) -> Any:
     from sdlora.randomness import stream
 
     return stream(0, f"init/{dotted}")
+
+
+def lacks(what: str) -> NoReturn:
+    """Skip a test for want of something that `.ci/run` installs; there the want is an error."""
+    if os.environ.get("CI"):
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+def library(name: str) -> Any:
+    """A package that only some users install, and whoever works on this."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        lacks(f"{name} is not installed: pip install -e '.[dev]'")
+
+
+def until(happens: Callable[[], object]) -> None:
+    """Wait for a state."""
+    end = time.monotonic() + PATIENCE_S
+    while not happens():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+
+
+def calls(work: Callable[[], object]) -> int:
+    """How many functions a piece of work calls, Python's and C's: its length, by a measure that is no machine's own."""
+    counted, before = [0], sys.getprofile()
+
+    def count(_: Any, event: str, __: Any) -> None:
+        counted[0] += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return counted[0]
 
 
 def any_port() -> int:

@@ -33,7 +33,8 @@ PRESET = {kind: ["attention", "text-encoder"] for kind in KINDS} | {
     "prefix": ["cross-attention-blocks"],
     "prompt": ["words"],
 }
-LAYERS = ("linear", "linear-plain", "conv1", "conv3", "conv3-wide", "attention", "feed-forward", "embedding")
+LAYERS = ("linear", "linear-plain", "conv1", "conv3", "conv3-wide", "attention", "attention-biased", "attention-narrow", "feed-forward",
+          "feed-forward-gelu", "embedding", "embedding-broad")  # fmt: skip
 
 
 def new_layer(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
@@ -49,8 +50,12 @@ def new_layer(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module,
             "conv3-plain": nn.Conv2d(4, 6, 3, bias=False),
             "linear-broad": nn.Linear(36, 25),
             "attention": Attention(6, heads=2, dim_head=4),
+            "attention-biased": Attention(6, heads=2, dim_head=4, bias=True),
+            "attention-narrow": Attention(6, heads=3, dim_head=2),
             "feed-forward": FeedForward(6, mult=2),
+            "feed-forward-gelu": FeedForward(6, mult=3, activation_fn="gelu"),
             "embedding": nn.Embedding(9, 6),
+            "embedding-broad": nn.Embedding(9, 10),
         }[name]
     if isinstance(layer, nn.Embedding):
         layer.register_buffer("ends", torch.arange(9) != 3)
@@ -82,13 +87,26 @@ def delta_of(bank: Bank, name: str = "a") -> Delta:
     return delta
 
 
+def fits(kind: str, name: str) -> bool:
+    return bool(lookup.find("adapters", kind).fits(new_layer(name)[0]))
+
+
+def merges(kind: str) -> bool:
+    return bool(lookup.find("adapters", kind).Adapter.merges)
+
+
+SITES = [(kind, name) for kind in KINDS for name in LAYERS if fits(kind, name)]
+"""Each kind on each layer that it sits on."""
+MERGED = [(kind, name) for kind, name in SITES if merges(kind)]
+"""Those of which the base's weight can hold all that they do: no reader of packs knows the others."""
+
+
 def kind_and_layer(kind: str, name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, nn.Module, Tensor]:
     module = lookup.find("adapters", kind)
     layer, x = new_layer(name, dtype)
     if kind in OTHERWISE and name in ("linear", "conv3", "linear-broad"):  # where a test has one layer for all kinds
         layer, x = new_layer(OTHERWISE[kind], dtype)
-    if not module.fits(layer):
-        pytest.skip(f"{kind} does not sit on such a layer")
+    assert module.fits(layer)
     return module, layer, x
 
 
@@ -96,8 +114,7 @@ def kind_and_layer(kind: str, name: str, dtype: torch.dtype = torch.float32) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "name"), SITES)
 def test_it_starts_as_it_declares(kind: str, name: str, dtype: torch.dtype) -> None:
     module, layer, x = kind_and_layer(kind, name, dtype)
     y = layer(x)
@@ -126,8 +143,7 @@ def test_it_starts_from_its_stream_alone(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True))
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "name"), SITES)
 def test_strength_zero_is_the_base_and_output_is_linear_in_strength(kind: str, name: str) -> None:
     module, layer, x = kind_and_layer(kind, name)
     y = layer(x)
@@ -147,12 +163,9 @@ def test_strength_zero_is_the_base_and_output_is_linear_in_strength(kind: str, n
         torch.testing.assert_close(run(bank, x) - y, strength * whole, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "name"), MERGED)
 def test_merged_is_the_adapter(kind: str, name: str) -> None:
-    module, layer, x = kind_and_layer(kind, name)
-    if not module.Adapter.merges:
-        pytest.skip("declares that it does not merge")
+    _, layer, x = kind_and_layer(kind, name)
     y, before = layer(x), layer.get_parameter("weight").clone()
     bank = banked(layer, [kind])
     bank.use({"a": 0.7})
@@ -167,8 +180,7 @@ def test_merged_is_the_adapter(kind: str, name: str) -> None:
     assert torch.equal(before, layer.get_parameter("weight"))
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "name"), SITES)
 def test_gradients_are_the_numeric_ones(kind: str, name: str) -> None:
     _, layer, x = kind_and_layer(kind, name, torch.float64)
     x = x[:2] if x.ndim < 4 else x[:2, :, :4, :4]
@@ -260,12 +272,9 @@ READERS = {
 
 
 @pytest.mark.parametrize("rank", [1, 4])
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "name"), MERGED)
 def test_readers_of_packs_make_the_same_of_its_leaves(kind: str, name: str, rank: int) -> None:
-    module, layer, _ = kind_and_layer(kind, name)
-    if not module.Adapter.merges:
-        pytest.skip("no reader of packs knows it")
+    _, layer, _ = kind_and_layer(kind, name)
     delta = delta_of(banked(layer, [kind], (rank,)))
     leaves = {leaf: tensor.detach() for leaf, tensor in delta.tensors().items()}
     merged = delta.merged(layer)
@@ -368,7 +377,7 @@ ORACLES = {
 }
 
 
-@pytest.mark.parametrize(("oracle", "name"), [(oracle, name) for oracle in ORACLES for name in ORACLES[oracle].layers])
+@pytest.mark.parametrize(("oracle", "name"), [(key, name) for key, one in ORACLES.items() for name in one.layers if fits(one.kind, name)])
 def test_it_is_pefts_in_forward_and_gradients(oracle: str, name: str) -> None:
     case = ORACLES[oracle]
     module, layer, x = kind_and_layer(case.kind, name)
@@ -695,13 +704,10 @@ def alone(layer: nn.Module, kinds: Sequence[str], ranks: Sequence[int], slot: in
     return torch.cat([run(bank, one[None]) for one in x]) - layer(x)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "name"), MERGED)
 def test_adapters_stacked_on_a_layer_add_up(kind: str, name: str) -> None:
     """Without an index: every adapter on every sample, at one strength each or at each sample's own."""
-    module, layer, x = kind_and_layer(kind, name, torch.float64)
-    if not module.Adapter.merges:
-        pytest.skip("its changes do not add up")
+    _, layer, x = kind_and_layer(kind, name, torch.float64)
     ranks = (2, 3, 1)
     parts = [alone(layer, [kind] * 3, ranks, slot, x) for slot in range(3)]
     bank = banked(layer, [kind] * 3, ranks, torch.float64)
@@ -713,8 +719,7 @@ def test_adapters_stacked_on_a_layer_add_up(kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "name"), SITES)
 def test_each_sample_of_a_routed_batch_goes_through_its_own_adapter_alone(kind: str, name: str, per_sample: bool) -> None:
     """Ranks differ, the second adapter does not sit on the layer, and the order is mixed."""
     module, layer, x = kind_and_layer(kind, name, torch.float64)

@@ -54,11 +54,12 @@ def test_one_file_is_the_folder_it_was_made_of(pairs: dict[str, tuple[Path, Path
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in module.state_dict().items())
     tokens = one.tokens(["a cat, é!", ""])
     assert torch.equal(tokens, two.tokens(["a cat, é!", ""]))
-    assert torch.equal(one.states(tokens), two.states(tokens))
     x, t = small.numbers((2, 4, 8, 8)), torch.tensor([3, 700])
     with torch.no_grad():
-        said = [each.predict(x, t, each.states(tokens)) for each in (one, two)]
-    assert (said[0] - said[1]).abs().max() < 1e-5, "the same, but for where in memory the numbers lie"
+        states = [each.states(tokens) for each in (one, two)]
+        said = [each.predict(x, t, states[0]) for each in (one, two)]
+    for a, b in (states, said):  # where in memory the weights lie, and so in which order a product is summed, is the file's own
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
     assert torch.equal(one.alphas_cumprod, two.alphas_cumprod)
 
 

@@ -1,13 +1,19 @@
 """The benches run from end to end, and write nothing but rows of their own."""
 
+import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import small
 import torch
 import torch.nn.functional as F
+
+from webui.easel import Easel
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
@@ -97,11 +103,11 @@ def test_the_scale_bench_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_diffusers_script_is_given_a_base_it_can_load(tmp_path: Path) -> None:
-    """A stand-in for the script opens what it is given, as the script does, and takes as long as it is told."""
+def test_diffusers_script_is_given_a_base_it_can_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the script opens what it is given, as the script does; by the clock of this test a start is 5 s and a step 0.1 s."""
     file = tmp_path / "train.py"
     file.write_text("""
-import sys, time
+import sys
 from pathlib import Path
 told = dict(zip(*[iter(sys.argv[1:])] * 2))
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -112,16 +118,23 @@ states = CLIPTextModel.from_pretrained(base, subfolder="text_encoder")(tokens.in
 assert states.shape[-1] == UNet2DConditionModel.load_config(base, subfolder="unet")["cross_attention_dim"]
 DDPMScheduler.from_pretrained(base, subfolder="scheduler")
 assert len(list(Path(told["--train_data_dir"]).glob("*.png"))) == 8
-time.sleep(0.1 * int(told["--max_train_steps"]))
 """)
-    script.TRIES = 1
-    assert script.seconds(file, True, 64)[0] == pytest.approx(0.1, abs=0.3)
+    passed = [0.0]
+
+    def run(command: list[str], **how: Any) -> Any:
+        passed[0] += 5 + 0.1 * int(command[command.index("--max_train_steps") + 1])
+        return subprocess.run(command, **how)
+
+    monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: passed[0]))
+    monkeypatch.setattr(script, "TRIES", 1)
+    assert script.seconds(file, True, 64) == [pytest.approx(0.1)]
 
 
 @pytest.mark.slow
 def test_a_soak_weighs_a_server_that_draws(tmp_path: Path) -> None:
     soak.make_pack(tmp_path)
-    found = soak.soaked(tmp_path, 12, 120.0, 1)
+    found = soak.soaked(tmp_path, 12, 3600.0, 1)
     assert found["generations"] == 12
     assert min(found["RSS MB"]) > 100
     assert min(found["open files"]) > 3
@@ -134,10 +147,24 @@ def test_drift_is_told_from_warming_up() -> None:
 
 
 @pytest.mark.slow
-def test_open_pages_are_answered_while_pictures_are_drawn(tmp_path: Path) -> None:
-    """The whole of it, fifty pages and the limit of 300 ms, is the bench's: other tests compute beside this one."""
+def test_open_pages_are_answered_while_pictures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first picture is not drawn before thirty answers have come. How soon they come is for the bench to say."""
     pages.make_run(tmp_path)
-    drawn, took = pages.measure(tmp_path, 10, 6.0)
+    answered, waited, draw = threading.Event(), list[bool](), Easel.pair
+
+    def late(easel: Easel, wish: Any) -> Any:
+        waited.append(answered.wait(small.PATIENCE_S))  # no page waits for that of another
+        return draw(easel, wish)
+
+    def enough(drawn: int, asked: int) -> bool:
+        if asked >= 30:
+            answered.set()
+        return drawn >= 1 and answered.is_set()
+
+    monkeypatch.setattr(Easel, "pair", late)
+    monkeypatch.setattr(pages, "EVERY_S", 0.05)
+    drawn, took = pages.measure(tmp_path, 10, enough)
+    assert waited
+    assert all(waited), "the pages waited for a picture"
     assert drawn >= 1
-    assert len(took) >= 20
-    assert sorted(took)[len(took) * 95 // 100] < 2.0
+    assert len(took) >= 30

@@ -13,7 +13,7 @@ import pytest
 from diffusers import DiffusionPipeline
 from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
-from small import any_port, draw_folder
+from small import PATIENCE_S, any_port, draw_folder, lacks
 from test_webui import train
 
 from sdlora.family import EMBEDDED
@@ -22,7 +22,7 @@ from webui import app
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
-WAIT_MS = 60_000
+WAIT_MS = 1000 * PATIENCE_S
 STATUS = re.compile(r"base ([0-9a-f]{12}) \| scale (\S+): ([0-9a-f]{12})")
 
 pytestmark = pytest.mark.slow
@@ -45,8 +45,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     if not CHROMIUM.exists():
-        missing = f"no Chromium at {CHROMIUM}: apt-get install chromium"
-        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+        lacks(f"no Chromium at {CHROMIUM}: apt-get install chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
         yield browser
@@ -84,7 +83,7 @@ def page(url: str, browser: Browser) -> Iterator[Page]:
     """The studio with the newest pack chosen."""
     with opened(url, browser) as page:
         go(page, "Studio")
-        expect(page.locator("#prompt textarea")).to_have_value("mira", timeout=WAIT_MS)
+        expect(page.locator("#prompt textarea")).to_have_value("mira")
         page.locator("#steps input[type=range]").fill("3")
         yield page
 
@@ -95,7 +94,7 @@ def go(page: Page, screen: str) -> None:
 
 def shown(page: Page, scale: str) -> tuple[str, str]:
     """Hashes of base and adapter, once the status tells of the scale."""
-    expect(page.locator("#status")).to_contain_text(f"scale {scale}:", timeout=WAIT_MS)
+    expect(page.locator("#status")).to_contain_text(f"scale {scale}:")
     found = STATUS.search(page.locator("#status").inner_text())
     assert found
     assert found[2] == scale
@@ -147,9 +146,10 @@ def test_another_pack_brings_its_trigger_and_picture(page: Page) -> None:
     page.locator("#generate").click()
     _, before = shown(page, "1")
     choose(page, "tavi")
-    expect(page.locator("#prompt textarea")).to_have_value("tavi, blue background", timeout=WAIT_MS)
+    expect(page.locator("#prompt textarea")).to_have_value("tavi, blue background")
     expect(page.locator("#cli textarea")).to_have_value(re.compile(r"tavi/tavi\.safetensors:1 --prompt 'tavi, blue background'"))
-    assert shown(page, "1")[1] != before
+    expect(page.locator("#status")).not_to_contain_text(before)
+    shown(page, "1")
     choose(page, "none")
     expect(page.locator("#scale input[type=range]")).to_be_disabled()
     expect(page.locator("#make-strip")).to_be_disabled()
@@ -158,7 +158,7 @@ def test_another_pack_brings_its_trigger_and_picture(page: Page) -> None:
 def test_the_strip_shows_every_scale_and_sets_it(page: Page) -> None:
     page.locator("#make-strip").click()
     captions = page.locator("#strip .caption-label")
-    expect(captions).to_have_text([f"scale {scale}" for scale in ("0", "0.25", "0.5", "0.75", "1", "1.25")], timeout=WAIT_MS)
+    expect(captions).to_have_text([f"scale {scale}" for scale in ("0", "0.25", "0.5", "0.75", "1", "1.25")])
     assert len({address for address, _ in loaded(page, "#strip img")}) == 6
     page.locator("#strip .thumbnail-item").nth(1).click()
     shown(page, "0.25")
@@ -169,14 +169,14 @@ def test_a_strip_that_was_drawn_follows_the_slider_at_once(page: Page) -> None:
     page.locator("#generate").click()
     shown(page, "1")
     page.locator("#make-strip").click()
-    page.locator("#strip-kept [data-strip]").wait_for(state="attached", timeout=WAIT_MS)
-    took, address = page.evaluate(
-        """() => { const slider = document.querySelector('#scale input[type=range]'), began = performance.now();
-        slider.value = 0.3; slider.dispatchEvent(new Event('input', {bubbles: true}));
-        return [performance.now() - began, document.querySelectorAll('#compare img')[1].src]; }"""
+    page.locator("#strip-kept [data-strip]").wait_for(state="attached")
+    before, address = page.evaluate(
+        """() => { const slider = document.querySelector('#scale input[type=range]');
+        const shown = () => document.querySelectorAll('#compare img')[1].src, before = shown();
+        slider.value = 0.3; slider.dispatchEvent(new Event('input', {bubbles: true})); return [before, shown()]; }"""
     )
-    assert took < 100
-    assert "/shown/" in address
+    assert "/shown/" in address, "in the very turn of the slider: nothing is asked of the server"
+    assert "/shown/" not in before, "the control"
     shown(page, "0.3")  # and the exact one follows
 
 
@@ -195,7 +195,7 @@ def test_snaps_chips_and_dropped_pictures_set_the_controls(page: Page, tmp_path:
     for place, value in (("#prompt textarea", "other"), ("#seed input", "1")):
         page.locator(place).fill(value)
     page.locator("#restore input[type=file]").set_input_files(tmp_path / "picture.png")
-    expect(page.locator("#prompt textarea")).to_have_value("mira, green background", timeout=WAIT_MS)
+    expect(page.locator("#prompt textarea")).to_have_value("mira, green background")
     expect(page.locator("#seed input")).to_have_value("7")
 
 
@@ -205,8 +205,9 @@ def test_two_packs_are_drawn_each_at_its_own_scale(page: Page) -> None:
     page.locator("#more").get_by_text("Further packs").click()
     page.locator("#pack-2 input").click()
     page.get_by_role("option", name="tavi").click()
-    expect(page.locator("#cli textarea")).to_have_value(re.compile(r"mira\.safetensors:1 \S*tavi\.safetensors:1 "), timeout=WAIT_MS)
-    assert shown(page, "1")[1] != alone
+    expect(page.locator("#cli textarea")).to_have_value(re.compile(r"mira\.safetensors:1 \S*tavi\.safetensors:1 "))
+    expect(page.locator("#status")).not_to_contain_text(alone)
+    shown(page, "1")
 
 
 def test_the_download_is_the_png_with_its_recipe(page: Page, tmp_path: Path) -> None:
@@ -224,9 +225,9 @@ def test_the_download_is_the_png_with_its_recipe(page: Page, tmp_path: Path) -> 
 
 def test_what_was_learnt_is_measured_where_it_is_asked(page: Page) -> None:
     page.locator("#measure").click()
-    expect(page.locator("#learnt")).to_contain_text("likeness to your pictures", timeout=WAIT_MS)
+    expect(page.locator("#learnt")).to_contain_text("likeness to your pictures")
     choose(page, "none: the base alone")
-    expect(page.locator("#learnt")).not_to_contain_text("likeness", timeout=WAIT_MS)
+    expect(page.locator("#learnt")).not_to_contain_text("likeness")
     expect(page.locator("#measure")).to_be_disabled()
 
 
@@ -235,20 +236,20 @@ def test_the_text_encoder_has_a_scale_of_its_own(page: Page) -> None:
     base, full = shown(page, "1")
     page.locator("#more").get_by_text("Text encoder, further packs").click()
     page.locator("#apart input").check()
-    expect(page.locator("#status")).to_contain_text(f"base {base} | scale 1 (text encoder 1): {full}", timeout=WAIT_MS)
+    expect(page.locator("#status")).to_contain_text(f"base {base} | scale 1 (text encoder 1): {full}")
     page.locator("#text-scale input[type=range]").fill("0")
-    expect(page.locator("#status")).to_contain_text("scale 1 (text encoder 0):", timeout=WAIT_MS)
+    expect(page.locator("#status")).to_contain_text("scale 1 (text encoder 0):")
     found = re.search(r"base ([0-9a-f]{12}) \| scale 1 \(text encoder 0\): ([0-9a-f]{12})", page.locator("#status").inner_text())
     assert found
     assert found[1] == base
     assert found[2] not in (base, full)
-    expect(page.locator("#cli textarea")).to_have_value(re.compile(r"safetensors:1:0 "), timeout=WAIT_MS)
+    expect(page.locator("#cli textarea")).to_have_value(re.compile(r"safetensors:1:0 "))
 
 
 def test_a_bad_pack_is_a_message_and_not_a_traceback(page: Page) -> None:
     choose(page, "broken")
     toast = page.get_by_test_id("toast-body")
-    expect(toast).to_contain_text("E-PACK-03 · not a pack", timeout=WAIT_MS)
+    expect(toast).to_contain_text("E-PACK-03 · not a pack")
     expect(toast).not_to_contain_text("Traceback")
 
 
@@ -284,7 +285,7 @@ def test_from_pictures_to_a_pack_by_keyboard_and_through_a_reload(browser: Brows
         folder = page.locator("input[webkitdirectory]")
         folder.wait_for(state="attached")
         folder.set_input_files(tmp_path / "mine")
-        expect(page.locator("#pictures")).to_contain_text("5 are used", timeout=WAIT_MS)
+        expect(page.locator("#pictures")).to_contain_text("5 are used")
         page.locator("#pictures article button").first.focus()
         page.keyboard.press("Enter")
         expect(page.locator("#pictures")).to_contain_text("left aside")
@@ -292,6 +293,7 @@ def test_from_pictures_to_a_pack_by_keyboard_and_through_a_reload(browser: Brows
         page.keyboard.press("Enter")
         cell = page.locator("#captions [data-row='0'][data-col='1']")
         cell.dblclick()
+        expect(cell.locator("textarea, input")).to_be_focused()
         page.keyboard.press("Control+A")
         page.keyboard.type("nori with a hat")
         page.keyboard.press("Enter")
@@ -304,15 +306,15 @@ def test_from_pictures_to_a_pack_by_keyboard_and_through_a_reload(browser: Brows
         page.locator("#set-train-steps textarea, #set-train-steps input").fill("40")
         page.locator("#start").focus()
         page.keyboard.press("Enter")
-        expect(page.locator("#watch")).to_contain_text("training now", timeout=WAIT_MS)
+        expect(page.locator("#watch")).to_contain_text("training now")
         page.reload()
         go(page, "Watch")
-        expect(page.locator("#watch")).to_contain_text("step 40 of 40", timeout=WAIT_MS)
-        expect(page.locator("#watch")).to_contain_text("finished", timeout=WAIT_MS)
-        assert page.locator("#watch .previews img").count() == 5
+        expect(page.locator("#watch")).to_contain_text("step 40 of 40")
+        expect(page.locator("#watch")).to_contain_text("finished")
+        expect(page.locator("#watch .previews img")).to_have_count(5)
         page.locator("#watch .see").focus()
         page.keyboard.press("Enter")
-        expect(page.locator("#prompt textarea")).to_have_value("nori", timeout=WAIT_MS)
+        expect(page.locator("#prompt textarea")).to_have_value("nori")
         base, full = shown(page, "1")  # drawn at once
         page.locator("#scale input[type=range]").fill("0")
         assert shown(page, "0") == (base, base)
@@ -324,19 +326,19 @@ def test_from_pictures_to_a_pack_by_keyboard_and_through_a_reload(browser: Brows
         page.locator("#judge").focus()
         page.keyboard.press("Enter")
         take = page.locator("#choose [data-send='40:0.5']")
-        take.wait_for(timeout=WAIT_MS)
+        take.wait_for()
         expect(page.locator("#choose .choices").first).to_be_visible()
         loaded(page, "#choose .choices img")
         take.focus()
         page.keyboard.press("Enter")
-        expect(page.locator("#choose-cli textarea")).to_have_value(re.compile("run keep .*--step 40 --scale 0.5"), timeout=WAIT_MS)
+        expect(page.locator("#choose-cli textarea")).to_have_value(re.compile("run keep .*--step 40 --scale 0.5"))
         go(page, "Share")
-        expect(page.locator("#readers")).to_contain_text("diffusers", timeout=WAIT_MS)
+        expect(page.locator("#readers")).to_contain_text("diffusers")
         page.locator("#public summary").click()
         expect(page.locator("#public")).to_contain_text("modelspec.trigger_phrase")
         page.locator("#make-bundle").focus()
         page.keyboard.press("Enter")
-        expect(page.locator("#bundle")).to_contain_text("nori-40.zip", timeout=WAIT_MS)
+        expect(page.locator("#bundle")).to_contain_text("nori-40.zip")
         with page.expect_download() as coming:
             page.locator("#bundle").click()
         coming.value.save_as(tmp_path / "nori.zip")

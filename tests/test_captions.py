@@ -1,9 +1,8 @@
 """Captions: read strictly, varied as pure functions of seed and sample, edited only as was shown."""
 
 import json
-import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -223,11 +222,23 @@ def test_one_of_each_choice_is_said(caption: str, wanted: dict[str, float]) -> N
     assert all(abs(found[text] / 400 - share) < 0.11 for text, share in wanted.items())
 
 
-def test_no_caption_takes_long() -> None:
-    began = time.monotonic()
-    for caption in ("{" * 10**5, "{|" * 10**5, "{a|b}" * 10**5, "{" * 10**5 + "a|b" + "}" * 10**5, "{" + "|" * 10**5):
-        assert captions.longest(caption)
-    assert time.monotonic() - began < 3
+HARD: list[Callable[[int], str]] = [
+    lambda n: "{" * n, lambda n: "{|" * n, lambda n: "{a|b}" * n, lambda n: "{" * n + "a|b" + "}" * n, lambda n: "{" + "|" * n,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("hard", range(len(HARD)))
+def test_no_caption_takes_long(hard: int) -> None:
+    """What is twice as long takes twice the calls. One of 100,000 braces is read, too."""
+    one, two = (small.calls(lambda n=n: captions.longest(HARD[hard](n))) for n in (1000, 2000))  # type: ignore[misc]
+    assert two < 2.1 * one
+    assert captions.longest(HARD[hard](10**5))
+
+
+def test_what_compares_all_with_all_would_be_noticed() -> None:
+    """The control of the law before."""
+    one, two = (small.calls(lambda n=n: [max(i, j) for i in range(n) for j in range(n)]) for n in (50, 100))  # type: ignore[misc]
+    assert two > 3.5 * one
 
 
 def test_two_choices_are_made_apart() -> None:

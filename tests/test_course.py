@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -115,14 +116,12 @@ def test_a_signal_saves_and_exits_with_its_number(signals: list[int], code: int,
         [sys.executable, "-m", "sdlora.cli", "train", str(squares), "--name", "mira", "--base", str(base), *sets, "--out", str(out)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    log, end = out / "events.jsonl", time.monotonic() + 120
-    while not (log.exists() and '"kind": "step"' in log.read_text()):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    log = out / "events.jsonl"
+    small.until(lambda: (log.exists() and '"kind": "step"' in log.read_text()) or process.poll() is not None)
+    assert process.poll() is None, process.communicate()[0]
     for number in signals:
         process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=small.PATIENCE_S)
     assert process.returncode == code, said
     last = json.loads(log.read_text().splitlines()[-1])
     if len(signals) == 1:
@@ -135,13 +134,26 @@ def test_a_signal_saves_and_exits_with_its_number(signals: list[int], code: int,
 # ---------------------------------------------------------------- one folder, one run
 
 
+NOW = 1_790_000_000
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the lock takes for the time, and the seconds of each pause that it makes; nobody waits for them."""
+    pauses: list[float] = []
+    clock = SimpleNamespace(time=lambda: NOW + 0.25, sleep=pauses.append, strftime=time.strftime, localtime=time.localtime)
+    monkeypatch.setattr(lock, "time", clock)
+    return pauses
+
+
+@pytest.mark.usefixtures("clock")
 def test_two_runs_do_not_share_a_folder(squares: Path, base: Path, tmp_path: Path) -> None:
     run, out = small.settled(squares, base), tmp_path / "run"
     first = api.train(run, out)
     next(first)
     with pytest.raises(UserError, match=f"E-RUN-05.*process {os.getpid()} since"):
         next(api.train(run, out))
-    assert lock.holder(out) == {"pid": os.getpid(), "since": pytest.approx(time.time(), abs=60)}
+    assert lock.holder(out) == {"pid": os.getpid(), "since": NOW}
     first.close()  # type: ignore[attr-defined]
     assert lock.holder(out) is None
     assert go(out, run)[-1].kind == "done"
@@ -171,23 +183,33 @@ def test_of_many_at_once_exactly_one_has_the_folder(tmp_path: Path) -> None:
         assert set(codes) <= {"E-RUN-05"}
 
 
-def test_who_asks_for_the_holder_keeps_nobody_out(tmp_path: Path) -> None:
-    """A probe takes the lock for a moment; here it takes its time."""
+def test_who_asks_for_the_holder_keeps_nobody_out(tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe takes the lock for a moment; here it takes its time, and is done at the third look."""
     handle = os.open(tmp_path / lock.NAME, os.O_RDWR | os.O_CREAT)
     assert lock._lock(handle)
-    threading.Timer(lock.LOOK_S * 3, os.close, [handle]).start()
-    with lock.held(tmp_path):
-        assert lock.holder(tmp_path) == {"pid": os.getpid(), "since": pytest.approx(time.time(), abs=60)}
+
+    def pause(seconds: float) -> None:
+        clock.append(seconds)
+        if len(clock) == 3:
+            os.close(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lock.time, "sleep", pause)
+        with lock.held(tmp_path):
+            assert lock.holder(tmp_path) == {"pid": os.getpid(), "since": NOW}
+    assert clock == [lock.LOOK_S] * 3
     with lock.held(tmp_path), pytest.raises(UserError, match="E-RUN-05"), lock.held(tmp_path):
         pass  # the control: who keeps it keeps others out
+    assert len(clock) == 3 + lock.LOOKS - 1
 
 
+@pytest.mark.usefixtures("clock")
 def test_a_lock_left_by_a_dead_process_holds_nobody_up(tmp_path: Path) -> None:
     (tmp_path / lock.NAME).write_text('{"pid": 1, "since": 0}')
     assert lock.holder(tmp_path) is None
     with lock.held(tmp_path) as said:
         assert said == ""
-        assert lock.holder(tmp_path) == {"pid": os.getpid(), "since": pytest.approx(time.time(), abs=60)}
+        assert lock.holder(tmp_path) == {"pid": os.getpid(), "since": NOW}
 
 
 # ---------------------------------------------------------------- a full disk

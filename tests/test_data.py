@@ -112,7 +112,6 @@ def break_folder(folder: Path) -> list[str]:
     return ["cut.png", "empty.png", "folder.png", "page.jpg", "pipe.png"]
 
 
-@pytest.mark.timeout(30)
 def test_all_that_cannot_be_read_is_named_at_once(tmp_path: Path) -> None:
     folder = small.draw_folder(tmp_path / "pictures")
     bad = break_folder(folder)
@@ -124,7 +123,6 @@ def test_all_that_cannot_be_read_is_named_at_once(tmp_path: Path) -> None:
     assert "skip_unreadable" in str(caught.value)
 
 
-@pytest.mark.timeout(30)
 def test_what_is_left_out_is_accounted_for(base: Path, tmp_path: Path) -> None:
     folder = small.draw_folder(tmp_path / "pictures")
     bad = break_folder(folder)

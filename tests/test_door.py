@@ -8,14 +8,13 @@ import re
 import secrets
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
 import pytest
-from small import any_port, draw_folder
+from small import PATIENCE_S, any_port, draw_folder
 
 from sdlora.api import UserError
 from webui import app, door
@@ -36,7 +35,7 @@ class Caller:
         self.cookie = cookie
 
     def __call__(self, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection(self.at, timeout=30)
+        connection = http.client.HTTPConnection(self.at, timeout=PATIENCE_S)
         connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
         said = {"host": self.at, "content-length": str(len(body)), "cookie": self.cookie}
         for name, value in (said | {name.replace("_", "-"): value for name, value in headers.items()}).items():
@@ -195,7 +194,7 @@ class Listener:
 
     def __init__(self) -> None:
         self.socket = socket.create_server(("127.0.0.1", 0))
-        self.port, self.came = self.socket.getsockname()[1], 0
+        self.port, self.came, self.somebody = self.socket.getsockname()[1], 0, threading.Event()
         threading.Thread(target=self._count, daemon=True).start()
 
     def _count(self) -> None:
@@ -203,6 +202,7 @@ class Listener:
             while True:
                 self.socket.accept()[0].close()
                 self.came += 1
+                self.somebody.set()
 
 
 def test_no_address_in_a_call_is_fetched(call: Caller) -> None:
@@ -226,10 +226,7 @@ def test_no_address_in_a_call_is_fetched(call: Caller) -> None:
         assert not any(json.loads(line.removeprefix("data: "))["success"] for line in ends)
     assert listener.came == 0
     with contextlib.closing(socket.create_connection(("127.0.0.1", listener.port))):  # the control: it would have been counted
-        for _ in range(100):
-            if listener.came:
-                break
-            time.sleep(0.02)
+        assert listener.somebody.wait(PATIENCE_S)
     assert listener.came == 1
     listener.socket.close()
 

@@ -12,8 +12,11 @@ from pathlib import Path
 from time import monotonic, sleep
 
 import pytest
+import small
 
 ROOT = Path(__file__).parent.parent
+ALONE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+"""The environment without what would lead to a checkout."""
 NAMES = {"PIL": "pillow", "tomli_w": "tomli-w"}  # imported under another name than installed
 
 
@@ -22,11 +25,11 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`sdlora` in a fresh environment: the wheel is installed there, its dependencies are seen but not the checkout."""
     folder = tmp_path_factory.mktemp("install")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True)
+    subprocess.run(build, check=True, capture_output=True, env=ALONE)
     (wheel,) = folder.glob("*.whl")
-    subprocess.run([sys.executable, "-m", "venv", str(folder / "env")], check=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "env")], check=True, env=ALONE)
     binaries = folder / "env" / "bin"
-    subprocess.run([binaries / "python", "-m", "pip", "install", "-q", "--no-deps", str(wheel)], check=True, capture_output=True)
+    subprocess.run([binaries / "python", "-m", "pip", "install", "-q", "--no-deps", str(wheel)], check=True, capture_output=True, env=ALONE)
     (site,) = (folder / "env").glob("lib/python*/site-packages")
     # A path line brings in the dependencies; it does not run the .pth files there, so the editable checkout stays out.
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
@@ -34,7 +37,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(program: Path, *arguments: str, cwd: Path) -> str:
-    done = subprocess.run([program, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run([program, *arguments], cwd=cwd, capture_output=True, text=True, check=False, env=ALONE)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -43,10 +46,10 @@ def run(program: Path, *arguments: str, cwd: Path) -> str:
 def test_the_installed_code_is_the_wheels(program: Path, tmp_path: Path) -> None:
     python = program.with_name("python")
     say = "import sdlora, webui; print(sdlora.__file__, webui.__file__)"
-    told = subprocess.check_output([python, "-c", say], cwd=tmp_path, text=True)
+    told = subprocess.check_output([python, "-c", say], cwd=tmp_path, text=True, env=ALONE)
     assert told.count(str(program.parent.parent)) == 2, told
     say = "from webui.projects import SAMPLE; print(SAMPLE, len([*SAMPLE.glob('*.png')]))"
-    sample, count = subprocess.check_output([python, "-c", say], cwd=tmp_path, text=True, stderr=subprocess.DEVNULL).split()
+    sample, count = subprocess.check_output([python, "-c", say], cwd=tmp_path, text=True, stderr=subprocess.DEVNULL, env=ALONE).split()
     assert sample.startswith(str(program.parent.parent)), "the bundled character comes with the wheel"
     assert int(count) == len([*(ROOT / "datasets" / "tavi").glob("*.png")])
 
@@ -64,17 +67,17 @@ def test_it_trains_and_previews_on_the_sample(program: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_studio_opens(program: Path, tmp_path: Path) -> None:
-    port = "7991"
-    process = subprocess.Popen([program, "ui", "--port", port], cwd=tmp_path, env={**os.environ, "GRADIO_ANALYTICS_ENABLED": "False"})
+    port = str(small.any_port())
+    process = subprocess.Popen([program, "ui", "--port", port], cwd=tmp_path, env={**ALONE, "GRADIO_ANALYTICS_ENABLED": "False"})
     try:
         page = answer(f"http://127.0.0.1:{port}/", process)
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(small.PATIENCE_S)
     assert "gradio" in page.lower()
 
 
-def answer(url: str, process: "subprocess.Popen[bytes]", seconds: float = 90) -> str:
+def answer(url: str, process: "subprocess.Popen[bytes]", seconds: float = small.PATIENCE_S) -> str:
     """What a page says once its server is up."""
     end = monotonic() + seconds
     while monotonic() < end and process.poll() is None:

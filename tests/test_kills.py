@@ -51,20 +51,20 @@ def go(squares: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kills", [50, pytest.param(1000, marks=pytest.mark.large)])
 def test_killed_at_any_time_it_ends_the_same(kills: int, go: Go, tmp_path: Path) -> None:
     go(tmp_path / "first", None)
     whole = tmp_path / "whole"
-    longest = go(whole, None)["seconds"]
+    longest = go(whole, None)["seconds"]  # of the last run that nobody killed: a busy machine may become an idle one
     chance, done, jobs, ended_otherwise = random.Random(kills), 0, 0, 0
     while done < kills:
-        out, wanted, tries = tmp_path / "run", min(done + chance.randint(3, 6), kills), 0
+        out, wanted = tmp_path / "run", min(done + chance.randint(3, 6), kills)
         while done < wanted:  # also while it recovers, and while it goes over a finished run
-            done += go(out, chance.uniform(0, longest))["code"] == -9
-            tries += 1
-            assert tries < 100, "it ends before it can be killed"
-        assert go(out, None)["code"] == 0
+            ended = go(out, chance.uniform(0, longest))
+            done += ended["code"] == -9
+            longest = longest if ended["code"] else ended["seconds"]
+        ended = go(out, None)
+        assert ended["code"] == 0
         different = differences(pack(out), pack(whole))
         ended_otherwise += bool(different) or bool(list(out.rglob(f"{safeio.TEMPORARY}*")))
         jobs += 1
@@ -75,7 +75,6 @@ def test_killed_at_any_time_it_ends_the_same(kills: int, go: Go, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.large)])
 def test_crashed_at_any_operation_it_ends_the_same(every: int, squares: Path, base: Path, tmp_path: Path) -> None:
     run = small.settled(squares, base)

@@ -24,7 +24,7 @@ def test_likeness_grows_with_what_is_shared_and_takes_the_best_of_all() -> None:
     all_fit = torch.ones(12, 12, dtype=torch.bool)
     found = [float(measures.likeness(near(true.roll(3, 0), share), true, all_fit).mean()) for share in (0.0, 0.3, 0.6, 0.9, 1.0)]
     assert found == sorted(found)
-    assert found[-1] == pytest.approx(1.0)
+    assert found[-1] == pytest.approx(1.0, abs=1e-5)
     assert found[0] < 0.5
 
 
@@ -40,7 +40,7 @@ def test_what_a_prompt_asks_for_is_not_answered_by_another_picture() -> None:
 
 def test_drift_is_zero_for_the_base_itself_and_grows_with_the_change() -> None:
     base = unit(2)
-    assert float(measures.drift(base, base).abs().max()) < 1e-6
+    assert float(measures.drift(base, base).abs().max()) < 1e-5, "a sum of 32 products in fp32 is within 32 half units of 6e-8"
     found = [float(measures.drift(base, near(base, share)).mean()) for share in (0.9, 0.6, 0.3, 0.0)]
     assert found == sorted(found)
 
@@ -73,7 +73,7 @@ def test_a_prompt_that_draws_another_thing_loses_its_place() -> None:
     base = unit(3)
     assert measures.own_rank(near(base, 0.9), base).eq(1).all()
     assert measures.own_rank(base.roll(1, 0), base).gt(1).all()
-    assert float(measures.following(base, base).mean()) == pytest.approx(1.0)
+    assert float(measures.following(base, base).mean()) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_the_bootstrap_pairs_what_it_compares() -> None:

@@ -26,7 +26,7 @@ SIZES = {"unet.up": (64, 80), "text_encoder.down": (3, 4)}  # the first is large
 def learner(name: str, lr: float = 0.0, **settings: Any) -> Learner:
     """Two parameters in two groups, under an optimizer as a run prepares it."""
     module = lookup.find("optimizers", name)
-    pytest.importorskip(module.Config.library)
+    small.library(module.Config.library)
     lr = lr or (1.0 if module.Config.finds_its_rate else 0.5)
     params = {dotted: nn.Parameter(small.numbers(size)) for dotted, size in SIZES.items()}
     own = module.new(groups([({dotted: parameter}, lr) for dotted, parameter in params.items()]), module.Config(**settings))
@@ -148,7 +148,7 @@ def test_a_missing_package_is_named_before_anything_is_written(
 
 
 def test_pages_need_a_card(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = pytest.importorskip("bitsandbytes")
+    library = small.library("bitsandbytes")
     run = small.settled(squares, base, optimizer__kind="adamw8bit", optimizer__paged=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"E-OPT-04.*no CUDA card"):

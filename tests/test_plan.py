@@ -155,10 +155,17 @@ def unpacked(layer: Quantised) -> nn.Linear:
     return dense.requires_grad_(False)
 
 
+def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+    """A layer whose numbers are the same whatever was drawn before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return nn.Linear(inputs, outputs, bias)
+
+
 @pytest.mark.parametrize("how", quantise.BLOCKS)
 @pytest.mark.parametrize("kind", [name for name in lookup.names("adapters") if name not in ELSEWHERE])
 def test_a_kind_on_packed_weights_is_the_kind_on_what_they_stand_for(kind: str, how: str) -> None:
-    module, layer = lookup.find("adapters", kind), nn.Linear(48, 40)
+    module, layer = lookup.find("adapters", kind), linear(48, 40)
     packed = Quantised(layer, how, CPU)
     for one in (packed, unpacked(packed)):
         assert module.fits(one)
@@ -181,7 +188,7 @@ def test_a_kind_on_packed_weights_is_the_kind_on_what_they_stand_for(kind: str, 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_of_integers_are_what_their_rounding_says(bias: bool) -> None:
-    layer, x = nn.Linear(48, 40, bias), small.numbers((4, 9, 48))
+    layer, x = linear(48, 40, bias), small.numbers((4, 9, 48))
     whole = layer.weight.detach().clone()
     packed = Int8(layer, CPU)
     assert packed.weight.dtype == torch.int8

@@ -4,10 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+import small
 
 from sdlora import api, lock, queue
 from sdlora.errors import UserError
@@ -57,7 +57,7 @@ def test_no_run_of_a_queue_lies_outside_its_root_nor_waits_twice(tmp_path: Path)
 def test_one_process_works_a_queue_off(tmp_path: Path) -> None:
     queue.add(tmp_path, "", tmp_path / "a")
     program = f"import time; from pathlib import Path; from sdlora import lock\nwith lock.held(Path({str(tmp_path)!r}) / 'queue'):\n"
-    other = subprocess.Popen([sys.executable, "-c", program + " print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
+    other = subprocess.Popen([sys.executable, "-c", program + " print('held', flush=True); time.sleep(3600)"], stdout=subprocess.PIPE)
     try:
         assert other.stdout is not None
         other.stdout.readline()
@@ -79,17 +79,12 @@ def test_runs_go_on_when_the_page_is_gone_and_an_interrupted_one_stays(base: Pat
         queue.add(tmp_path, api.settings_text(run), tmp_path / name)
     program = f"from pathlib import Path; from sdlora import queue; assert queue.start(Path({str(tmp_path)!r}))"
     subprocess.run([sys.executable, "-c", program], check=True)  # who asked for them is gone by now
-    until = time.monotonic() + 90
-    while not ((tmp_path / "b" / "events.jsonl").exists() and any(e["step"] for e in api.events(tmp_path / "b")[0])):
-        assert time.monotonic() < until
-        time.sleep(0.2)
+    small.until(lambda: (tmp_path / "b" / "events.jsonl").exists() and any(e["step"] for e in api.events(tmp_path / "b")[0]))
     holder = lock.holder(tmp_path / "queue")
     assert (tmp_path / "a" / "a.safetensors").is_file()
     assert holder is not None
     assert [one.state for one in queue.entries(tmp_path)] == ["running"]
     os.kill(holder["pid"], signal.SIGTERM)
-    while queue.is_worked(tmp_path):
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    small.until(lambda: not queue.is_worked(tmp_path))
     assert [one.state for one in queue.entries(tmp_path)] == ["waiting"]
     assert api.events(tmp_path / "b")[0][-1]["kind"] == "stopped"

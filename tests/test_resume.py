@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -246,21 +245,28 @@ def test_events_are_logged_one_a_line(squares: Path, base: Path, tmp_path: Path)
 # ---------------------------------------------------------------- a process that is killed
 
 
-def command(verb: str, *arguments: object) -> list[str]:
-    return [sys.executable, "-m", "sdlora.cli", verb, *map(str, arguments)]
+def called(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "sdlora.cli", *arguments], check=True, capture_output=True)
 
 
-def killed(arguments: list[str], out: Path, checkpoint: int) -> None:
-    """Start a run and kill it, without a chance to clean up, some time after a checkpoint is there."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 240
-    while not state.folder(out, checkpoint).exists() and process.poll() is None:
-        assert time.monotonic() < end, "no checkpoint in time"
-        time.sleep(0.01)
-    time.sleep(0.05 * checkpoint / 20)
-    assert process.poll() is None, "it had ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+DYING = """
+import os, signal, sys
+from sdlora import cast, cli
+steps, last = cast.steps, int(sys.argv.pop(1))
+def dying(setup):
+    for trained in steps(setup):
+        if trained.step == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield trained
+cast.steps = dying
+cli.main()
+"""
+
+
+def killed(arguments: list[str], step: int) -> None:
+    """Start a run that is killed, without a chance to clean up, once a step has been computed and nothing was told of it."""
+    program = [sys.executable, "-c", DYING, str(step), *arguments]
+    assert subprocess.run(program, capture_output=True, check=False).returncode == -signal.SIGKILL
 
 
 @pytest.mark.slow
@@ -268,11 +274,13 @@ def test_a_killed_process_resumes_to_the_same_pack(squares: Path, base: Path, tm
     settings = {"steps": 120, "batch_size": 2, "save_every": 20, "warmup_steps": 10, "precision": '"fp32"'}
     options = [part for key, value in settings.items() for part in ("--set", f"train.{key}={value}")]
     options += ["--set", "preview.scales=[]", "--set", "data.resolution_px=32", "--set", "adapter.rank=2"]
-    train = command("train", squares, "--name", "mira", "--base", base, *options, "--out")
-    subprocess.run([*train, str(tmp_path / "whole")], check=True, capture_output=True)
+    train = ["train", str(squares), "--name", "mira", "--base", str(base), *options, "--out"]
+    called(*train, str(tmp_path / "whole"))
     out = tmp_path / "run"
-    killed([*train, str(out)], out, 20)
-    killed(command("resume", out), out, 60)
-    subprocess.run(command("resume", out), check=True, capture_output=True)
+    killed([*train, str(out)], 33)
+    assert state.steps(out) == [20]
+    killed(["resume", str(out)], 67)
+    assert state.steps(out)[-1] == 60
+    called("resume", str(out))
     assert differences(pack(out), pack(tmp_path / "whole")) == []
     assert list(out.rglob(f"{safeio.TEMPORARY}*")) == []

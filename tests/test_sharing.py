@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import small
 import torch
+import yaml
 from click.testing import Result
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
@@ -343,7 +344,6 @@ def test_a_bundle_has_what_each_program_wants(run: Path, tmp_path: Path) -> None
 
 
 def test_the_cards_front_matter_is_what_the_hub_reads(run: Path) -> None:
-    yaml = pytest.importorskip("yaml")
     pack = file.load(run / "mira.safetensors")
     told = file.Pack("mi: ra", pack.tensors, {**pack.metadata, "sdlora.base": "owner/base", "ss_base_model_version": "sdxl_base_v1-0"})
     text = card.model_card(told, [("mira.preview.png", 'mira, "red": [x]')])

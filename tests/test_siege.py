@@ -4,6 +4,7 @@ import contextlib
 import json
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from sdlora import family
 from webui import app
 from webui.app import Served
 from webui.door import PUBLIC
+from webui.easel import Easel
 from webui.login import Login
 
 ID = "mira.safetensors"
@@ -88,17 +90,28 @@ class Page:
 
 
 @pytest.mark.slow
-def test_a_full_queue_says_so_and_drops_nothing_that_it_took(call: Caller) -> None:
+def test_a_full_queue_says_so_and_drops_nothing_that_it_took(call: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One picture is drawn, for as long as others ask: 64 of those wait, and the rest are refused."""
     page = Page(call)
     draw = page.event("draw")
     page.sha256(1.0)  # from now on a picture that is there
-    slow = page.join(draw, [ID, "mira", 1.0, 2, 50, 3.0, ""])
+    begun, all_have_asked, really = threading.Event(), threading.Event(), Easel.pair
+
+    def pair(easel: Easel, wish: Any) -> Any:
+        begun.set()
+        assert all_have_asked.wait(small.PATIENCE_S)
+        return really(easel, wish)
+
+    monkeypatch.setattr(Easel, "pair", pair)
+    slow = page.join(draw, [ID, "mira", 1.0, 2, 2, 3.0, ""])
+    assert begun.wait(small.PATIENCE_S)
     with ThreadPoolExecutor(20) as crowd:
         answers = [slow, *crowd.map(lambda _: page.join(draw, [ID, "mira", 1.0, 1, 2, 3.0, ""]), range(90))]
+        all_have_asked.set()
         taken = [session for status, session in answers if status == 200]
         refused = [words for status, words in answers if status != 200]
         assert {status for status, _ in answers} == {200, 503}
-        assert 60 <= len(taken) <= 66
+        assert len(taken) == 1 + 64
         assert all("full" in words.lower() for words in refused)
         assert all(said["success"] for said in crowd.map(page.told, taken))
     assert page.join(draw, [ID, "mira", 1.0, 1, 2, 3.0, ""])[0] == 200, "and is open again"
@@ -112,9 +125,7 @@ def test_callers_that_never_finish_keep_nobody_waiting(call: Caller) -> None:
             slow.sendall(
                 b"POST /gradio_api/upload HTTP/1.1\r\nhost: %s\r\ncontent-length: 1000\r\n%s" % (call.at.encode(), b"\r\nx" * (i % 2))
             )
-        began = time.monotonic()
-        assert call("GET", "/live/home")[0] == 200
-        assert time.monotonic() - began < 2
+        assert call("GET", "/live/home")[0] == 200, "while all of them are open"
 
 
 ODD: dict[str, dict[str, Any]] = {

@@ -88,7 +88,7 @@ def test_processes_share_a_store(tmp_path: Path) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(small.PATIENCE_S)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert not list(tmp_path.glob(f"{safeio.TEMPORARY}*"))
     sizes = sum(path.stat().st_size for path in tmp_path.iterdir())
@@ -221,7 +221,10 @@ def test_whatever_was_done_to_a_file_it_is_looked_at_again(change: Callable[[Pat
     folder = small.draw_folder(tmp_path / "set", 2)
     kept = Store(tmp_path / "cache")
     scan.scan_all([scan.Folder(folder=str(folder))], True, tmp_path, kept)
-    time.sleep(0.02)  # the clock of the file system moves on
+    (clock := tmp_path / "clock").touch()
+    while clock.stat().st_ctime_ns <= (folder / "0.png").stat().st_ctime_ns:  # until the file system's clock has moved on
+        time.sleep(0.001)
+        clock.touch()
     counted.clear()
     change(folder / "0.png")
     scan.scan_all([scan.Folder(folder=str(folder))], True, tmp_path, kept)

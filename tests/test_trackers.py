@@ -10,7 +10,7 @@ from sdlora.errors import UserError
 
 
 def test_tensorboard_is_told_what_the_log_is_told(tmp_path: Path, base: Path, squares: Path) -> None:
-    pytest.importorskip("tensorboard", reason="an extra: pip install '.[track]'")
+    small.library("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = small.settled(squares, base, train__steps=3, train__trackers=["tensorboard"])

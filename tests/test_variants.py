@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections import Counter
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ import small
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from sdlora import api, learners
 from sdlora.config import Run
-from sdlora.data import buckets, cache, ledger, masks, scan, variants
+from sdlora.data import buckets, ledger, masks, scan, variants
 from sdlora.data.batches import Prepared, micro_batch
 from sdlora.data.buckets import Crop
 from sdlora.data.pixels import decode, read_picture
@@ -67,33 +65,44 @@ def seen(data: Prepared, numbers: range) -> Counter[int]:
 # ---------------------------------------------------------------- off
 
 
-def digest(run: Run, loaded: Family, where: Path, latents: Any) -> str:
-    """Of all that the first batches hold and of the pixels that would be encoded."""
-    dataset, found = fitted(run, loaded, where), hashlib.sha256()
-    data = data_of(run, dataset, loaded, where, [[latents(i, one) for one in some] for i, some in enumerate(dataset.variants)])
-    for batch in micro_batch([data], range(24)):
+def numbers_of(run: Run, loaded: Family, where: Path) -> tuple[str, list[int]]:
+    """A digest of all that is a whole number in the first samples: which picture and which of its variants, where in the schedule, by which
+    caption; no processor has another opinion of these. And how many variants each picture has."""
+    dataset = fitted(run, loaded, where)
+    data, told = data_of(run, dataset, loaded, where, numbered(dataset)), []
+    weights = learners.loss_weights(learners.Job(run, loaded.base, where, 0.0, dataset, []), loaded)
+    for number in range(24):
+        (batch,) = micro_batch([data], range(number, number + 1))
+        mark = int(batch.latents[0, 0, 0, 0])
+        told.append([mark, int(batch.uniform * 2**24), int(batch.slot), bool(batch.prior), batch.text.tolist()])
+        assert torch.equal(batch.noise[0], normal(tuple(batch.noise[0].shape), run.seed, "noise", number))
         assert torch.equal(batch.seen, batch.noise), "one noise, where nothing perturbs what the network sees"
-        for field in (one for one in fields(batch) if one.name not in ("seen", "frame", "key")):  # which that program did not know
-            value = getattr(batch, field.name)
-            value = (value * 4096).round() if field.name == "weight" else value  # a mean's last bit is the processor's own
-            found.update(value.contiguous().numpy().tobytes())
-    for item, some in zip(dataset.account.used, dataset.variants, strict=True):
-        if item.path.suffix == ".png":  # a JPEG's pixels are its decoder's own
-            keys = [cache.key(variants.pixels(read_picture(item.path), one), "") for one in some]
-            found.update("".join(keys).encode())
-    return found.hexdigest()[:16]
+        own = torch.ones(1, 1, 1) if batch.prior else weights[mark % 100][mark // 100]
+        assert torch.equal(batch.weight[0], own.expand_as(batch.weight[0]))
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16], [len(some) for some in dataset.variants]
 
 
-def drawn_latents(picture: int, variant: Variant) -> tuple[Tensor, Tensor]:
-    shape = (4, variant.size[1] // 4, variant.size[0] // 4)
-    return normal(shape, 0, "mean", picture, int(variant.flip)), normal(shape, 0, "std", picture, int(variant.flip)).abs()
+def plainly(run: Run, loaded: Family, where: Path) -> None:
+    """Pixels and weights are what they are of a picture that is only cut to its size, mirrored or not."""
+    dataset = fitted(run, loaded, where)
+    weights = learners.loss_weights(learners.Job(run, loaded.base, where, 0.0, dataset, []), loaded)
+    for item, some, its in zip(dataset.account.used, dataset.variants, weights, strict=True):
+        picture = read_picture(item.path)
+        weight = torch.ones(1, 1, 1)
+        if item.mask:
+            mask = masks.read(item.mask, item.path)
+            weight = masks.weights(mask, some[0].size, Crop(), loaded.latent_factor, run.data.mask_floor)
+        for one, own in zip(some, its, strict=True):
+            turned = [2] if one.flip else []
+            assert torch.equal(variants.pixels(picture, one), buckets.fit(picture, one.size).flip(turned))
+            assert torch.equal(own, weight.flip(turned))
 
 
-@pytest.mark.parametrize(("flip", "recorded"), [(False, "8511907749b8090a"), (True, "d390c69db4188342")])
+@pytest.mark.parametrize(("flip", "recorded"), [(False, "607a54b77126f825"), (True, "5419b55450624ff3")])
 def test_without_augmentation_a_run_is_what_it_was_before_there_was_any(
     flip: bool, recorded: str, base: Path, loaded: Family, tmp_path: Path
 ) -> None:
-    """The hashes were recorded by the program that knew of no variants."""
+    """The digests are of numbers that the program which knew of no variants drew, too."""
     changes = {
         "seed": 3,
         "data__prior_share": 0.3,
@@ -102,9 +111,11 @@ def test_without_augmentation_a_run_is_what_it_was_before_there_was_any(
         "data__flip": flip,
     }
     folder = masked_folder(tmp_path / "set")
-    assert digest(small.settled(folder, base, **changes), loaded, tmp_path, drawn_latents) == recorded
+    run = small.settled(folder, base, **changes)
+    assert numbers_of(run, loaded, tmp_path) == (recorded, [1 + flip] * 5)
+    plainly(run, loaded, tmp_path)
     other = small.settled(folder, base, **{**changes, "seed": 4})
-    assert digest(other, loaded, tmp_path, drawn_latents) != recorded, "the control"
+    assert numbers_of(other, loaded, tmp_path)[0] != recorded, "the control"
 
 
 # ---------------------------------------------------------------- on

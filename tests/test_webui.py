@@ -40,7 +40,7 @@ def train(folder: Path, name: str, steps: int = 2) -> Path:
         "data": {"folder": str(pictures)},
         "adapter": {"rank": 4},
         "train": {"steps": steps, "batch_size": 2, "lr": 0.05, "text_encoder_lr": 0.05, "warmup_steps": 0},
-        "preview": {"scales": []},
+        "preview": {"scales": [], "every": 0},
     }
     (done,) = (event for event in api.train(api.settle(table), folder / name) if event.kind == "done")
     return Path(done.text)

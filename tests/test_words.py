@@ -1,6 +1,5 @@
 """Textual inversion of the trigger: where it acts, that it learns, and that packs and diffusers make the same of it."""
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -67,25 +66,34 @@ def test_strength_is_linear_in_the_embeddings(families: dict[str, Path]) -> None
     torch.testing.assert_close(layer(ids) - base, -0.5 * (whole - base))
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_it_learns(name: str, families: dict[str, Path]) -> None:
-    """The loss on one batch falls with every step."""
-    one = loaded(families[name])
+def left_of_the_loss(one: Family, rate: float) -> float:
+    """The loss after ten steps towards what other embeddings say, as a share of the loss before."""
+    x, t, tokens = small.numbers((2, 4, 8, 8)), torch.tensor([300, 700]), one.tokens(["mira", "a mira, red"])
     bank = Bank(one.components)
+    spelt(one, bank, 0.5)
+    with torch.no_grad():
+        wanted = one.predict(x, t, one.states(tokens))
+    bank.eject()
     spelt(one, bank)
-    x, t, wanted = small.numbers((2, 4, 8, 8)), torch.tensor([300, 700]), small.numbers((2, 4, 8, 8), 1)
-    tokens = one.tokens(["mira", "a mira, red"])
     learnt = list(bank.parameters(TRIGGER).values())
     assert len(learnt) == len(one.spelling(TRIGGER))
-    optimizer = torch.optim.AdamW(learnt, 0.01)
-    losses = []
-    for _ in range(6):
+    optimizer, losses = torch.optim.AdamW(learnt, rate), list[float]()
+    for _ in range(11):
         loss = (one.predict(x, t, one.states(tokens)) - wanted).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
-    assert all(later < earlier for earlier, later in itertools.pairwise(losses)), losses
+        losses.append(float(loss.detach()))
+    bank.eject()
+    return losses[-1] / losses[0]
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_it_learns(name: str, families: dict[str, Path]) -> None:
+    """A seventh of the loss is left, or a sixth; where nobody moves them, all of it. The bound lies between."""
+    one = loaded(families[name])
+    assert left_of_the_loss(one, 0.01) < 0.5
+    assert left_of_the_loss(one, 0.0) == pytest.approx(1.0, rel=1e-6), "the control"
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
