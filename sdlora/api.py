@@ -66,7 +66,7 @@ from sdlora.queue import entries as queued
 from sdlora.queue import start as start_queue
 from sdlora.record import Record, events, runs
 from sdlora.report import curves
-from sdlora.safeio import remove, rename
+from sdlora.safeio import remove, rename, scratch_folder
 from sdlora.safeio import write as save_bytes
 from sdlora.search import find_dimension, find_rate
 from sdlora.settings import override
@@ -161,6 +161,7 @@ __all__ = [
     "save_picture",
     "save_sheet",
     "save_text",
+    "scratch_folder",
     "settings_text",
     "settle",
     "settle_cast",

@@ -4,12 +4,12 @@ import json
 import shlex
 import signal
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from sdlora.errors import UserError
+from sdlora.safeio import scratch_folder
 from sdlora.terminal import console, progress, say, show, shown_errors
 from sdlora.verbs import base as bases
 from sdlora.verbs import data, find, fleet, run, workshop
@@ -106,7 +106,7 @@ def check(
     set_: Set = None,
 ) -> None:
     """Say what would become of every picture, and what is wrong with the set; nothing is trained."""
-    with shown_errors(), TemporaryDirectory() as unpacked:
+    with shown_errors(), scratch_folder() as unpacked:
         file = source if source.suffix == ".toml" else None
         glance(file, set_ or [])
         from sdlora import api

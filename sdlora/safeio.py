@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 from typing import BinaryIO
 
 from sdlora.errors import RESOURCES, UserError
@@ -172,6 +173,14 @@ def make_folders(path: Path) -> None:
     with contextlib.suppress(FileExistsError):  # another process was faster, or a file is in the way, which the next step says
         DISK.get().mkdir(path)
     DISK.get().sync_folder(path.parent)
+
+
+def scratch_folder(prefix: str = "sdlora-") -> "TemporaryDirectory[str]":
+    """A temporary folder, by its real path: the usual one may lie behind a link or have a short name, and paths in it are compared.
+
+    What another program still holds when the folder is left stays behind; Windows lets nobody delete it.
+    """
+    return TemporaryDirectory(prefix=prefix, dir=os.path.realpath(gettempdir()), ignore_cleanup_errors=True)
 
 
 def sweep(folder: Path) -> None:

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ def opened(path: Path) -> Pack:
     names = bundle.packs(found)
     if len(names) > 1:
         raise UserError("E-PACK-12", f"several packs lie in it: {', '.join(names)}", path, "name one of them")
-    with TemporaryDirectory() as place:
+    with safeio.scratch_folder() as place:
         safeio.write(Path(place) / Path(names[0]).name, found[names[0]], durable=False)
         return Pack.open(Path(place) / Path(names[0]).name)
 
@@ -172,7 +171,7 @@ def push(source: Path, repository: str, private: bool = True) -> Push:
 def take(source: str, out: Path) -> list[dict[str, Any]]:
     """Take a bundle, a file or a repository of the hub into a new folder; says what its packs are."""
     found = bundle.read(source)
-    with TemporaryDirectory() as place:  # looked at before it has its name
+    with safeio.scratch_folder() as place:  # looked at before it has its name
         for name in bundle.packs(found):
             safeio.write(Path(place) / name, found[name], durable=False)
         told = [card.about(Path(place) / name) for name in bundle.packs(found)]

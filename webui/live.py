@@ -88,7 +88,7 @@ class Live:
         if not files:
             return EMPTY.format("No picture yet. Bring some above: 10 to 30 of a character, more of a style.")
         found = project.ledger()
-        rows = {str(row["file"]).removeprefix(f"{project.pictures}/"): row for row in found.get("pictures", [])}
+        rows = {str(row["file"]): row for row in found.get("pictures", [])}
         cards = [self._card(name, path, rows.get(name)) for name, path in files.items()]
         return f'{summary(found, len(files))}<div class="cards">{"".join(cards)}</div>'
 

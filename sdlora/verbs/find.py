@@ -3,13 +3,13 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
+from sdlora.safeio import scratch_folder
 from sdlora.terminal import console, numbers, say, shown_errors
 from sdlora.verbs.run import casting
 
@@ -39,7 +39,7 @@ def lr(
     out: Out = Path("found"),
 ) -> None:
     """Propose a learning rate: one short run in which it grows until the loss on pictures held out rises."""
-    with shown_errors(), TemporaryDirectory() as scratch:
+    with shown_errors(), scratch_folder() as scratch:
         from sdlora import api
 
         run = settled(source, set_)
@@ -56,7 +56,7 @@ def dimension(
     out: Out = Path("found"),
 ) -> None:
     """Find the smallest adapter that learns nine tenths of what the largest does, by short runs of each size."""
-    with shown_errors(), TemporaryDirectory() as scratch:
+    with shown_errors(), scratch_folder() as scratch:
         from sdlora import api
 
         ladders = {"rank": numbers(ranks, "--ranks"), "dimension": numbers(dimensions, "--dimensions")}
