@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -83,7 +84,7 @@ def write(path: Path, content: bytes | str | Iterable[bytes], durable: bool = Tr
     disk, temporary = DISK.get(), _beside(path)
     try:
         make_folders(path.parent)
-        _write_through(temporary, content.encode() if isinstance(content, str) else content, durable)
+        _write_through(temporary, _encoded(content, path) if isinstance(content, str) else content, durable)
         disk.replace(temporary, path)
         if durable:
             disk.sync_folder(path.parent)
@@ -203,6 +204,19 @@ def check_room(path: Path, size: int) -> None:
     if free < size:
         what = f"{size / 1e9:.1f} GB are needed here and {free / 1e9:.1f} GB are free; nothing was written"
         raise UserError("E-DISK-01", what, path, "free some space, or choose another place with --out", RESOURCES)
+
+
+def file_name(text: str) -> str:
+    """A name that any disk takes, for any text; `unquote` gives the text again. Letters stay as they are, as names have little room."""
+    return re.sub(r'[%/\\\\:*?"<>|\0-\x1f]', lambda found: f"%{ord(found[0]):02X}", text)
+
+
+def _encoded(text: str, path: Path) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        what = f"it would hold {error.object[error.start : error.start + 1]!r}, half a letter that no text can hold; nothing was written"
+        raise UserError("E-DISK-03", what, path, "write text, and names of files, as UTF-8") from None
 
 
 def _beside(path: Path) -> Path:

@@ -84,7 +84,7 @@ class Live:
             project = self.projects.find(name)
         except UserError as error:
             return EMPTY.format(escape(str(error)))
-        files = {path.relative_to(project.pictures).as_posix(): path for path in project.files()}
+        files = {api.shown(path.relative_to(project.pictures).as_posix()): path for path in project.files()}
         if not files:
             return EMPTY.format("No picture yet. Bring some above: 10 to 30 of a character, more of a style.")
         found = project.ledger()

@@ -107,11 +107,12 @@ def settled(source: Path, assignments: Optional[list[str]]) -> "Run":
 def settings(source: Path, assignments: Optional[list[str]]) -> tuple[dict[str, Any], Optional[Path]]:
     """The table of a folder or a file of settings with assignments laid over it, and that file."""
     from sdlora import api
+    from sdlora.settings import put
 
     file = source if source.suffix == ".toml" else None
     table = api.read_settings(file, assignments or [])
     if not file:
-        api.override(table, f"data.folder={json.dumps(str(source))}")
+        put(table, "data.folder", str(source))
     return table, file
 
 
@@ -178,7 +179,7 @@ def best(
             elif not as_json:
                 say(event.text)
         if as_json:
-            typer.echo(json.dumps(table, indent=1))
+            print(json.dumps(table, indent=1))
             return
         rows = Table("", "scale", "likeness", "drift", "score (90 %)", "copies", "follows", box=None, pad_edge=False, header_style="bold")
         for row in table["rows"]:
