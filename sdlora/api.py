@@ -43,7 +43,8 @@ from sdlora.data.captioning import read as captions
 from sdlora.data.captions import token_counter
 from sdlora.data.edits import Edit
 from sdlora.data.unzip import unzip as unpack
-from sdlora.errors import UserError
+from sdlora.data.walk import shown
+from sdlora.errors import UserError, check_path, writable
 from sdlora.events import Event
 from sdlora.generate import Recipe
 from sdlora.judge import Asking
@@ -66,7 +67,7 @@ from sdlora.queue import entries as queued
 from sdlora.queue import start as start_queue
 from sdlora.record import Record, events, runs
 from sdlora.report import curves
-from sdlora.safeio import remove, rename
+from sdlora.safeio import remove, rename, scratch_folder
 from sdlora.safeio import write as save_bytes
 from sdlora.search import find_dimension, find_rate
 from sdlora.settings import override
@@ -116,6 +117,7 @@ __all__ = [
     "cast_text",
     "check",
     "check_pack",
+    "check_path",
     "compare_packs",
     "convert_pack",
     "curves",
@@ -161,9 +163,11 @@ __all__ = [
     "save_picture",
     "save_sheet",
     "save_text",
+    "scratch_folder",
     "settings_text",
     "settle",
     "settle_cast",
+    "shown",
     "start_queue",
     "sweep",
     "sweep_results",
@@ -175,6 +179,7 @@ __all__ = [
     "undo_captions",
     "unpack",
     "why",
+    "writable",
 ]
 
 
@@ -360,24 +365,20 @@ def find_best(source: Path, asking: Asking, data: str = "", base: str = "", out:
     `score.json`, `score.html` with its pictures, `grid.png`, `front.png` and `following.png` are written into `out`, by default `score`
     beside what is judged.
     """
+    own = {"base": base} if base else {}
     if source.is_dir():
-        run = settle(_based(settings.read(source / "config.toml"), base), source / "config.toml")
+        run = settle({**settings.read(source / "config.toml"), **own}, source / "config.toml")
         found = learners.base_of(run)
         return best.find(run, found, best.checkpoints(run, found, source, asking.most), asking, out or source / queue.SCORE)
     pack = open_pack(source)
     if not data:
-        raise UserError(
-            "E-BEST-01", "a pack does not know its pictures", source, "name their folder with --data, or judge the run's folder"
-        )
+        todo = "name their folder with --data, or judge the run's folder"
+        raise UserError("E-BEST-01", "a pack does not know its pictures", source, todo)
     table = {"name": pack.name, "trigger": pack.trigger, "kind": pack.metadata.get("sdlora.kind", "character"), "data": {"folder": data}}
-    run = settle(_based({**table, "base": pack.base or "tiny"}, base))
+    run = settle({**table, "base": pack.base or "tiny", **own})
     steps = pack.metadata.get("ss_steps", "0")
     candidates = {int(steps) if steps.isdigit() else 0: pack}
     return best.find(run, learners.base_of(run), candidates, asking, out or source.with_name(f"{source.stem}-score"))
-
-
-def _based(table: dict[str, Any], base: str) -> dict[str, Any]:
-    return {**table, "base": base} if base else table
 
 
 def edit_captions(folder: Path, edit: Edit, write: bool) -> list[edits.Change]:

@@ -4,12 +4,13 @@ import json
 import shlex
 import signal
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from sdlora.errors import UserError
+from sdlora.safeio import scratch_folder
+from sdlora.streams import make_streams_safe, read_names_as_utf8
 from sdlora.terminal import console, progress, say, show, shown_errors
 from sdlora.verbs import base as bases
 from sdlora.verbs import data, find, fleet, run, workshop
@@ -56,11 +57,12 @@ def train(
     with shown_errors():
         glance(config, set_ or [])
         from sdlora import api
+        from sdlora.settings import put
 
         if config and api.is_cast(config):
             if folder or name:
                 raise UserError("E-CAST-06", "a cast's file names its members and pictures itself", config, "leave DIR and --name out")
-            said = [f"{key}={json.dumps(value)}" for key, value in {"base": base, "kind": kind}.items() if value]
+            said = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in {"base": base, "kind": kind}.items() if value]
             follow_cast(api.settle_cast(api.cast_tables(config), config, [*said, *(set_ or [])]), out or Path("runs") / config.stem)
             return
         table = api.read_settings(config, set_ or [])
@@ -68,7 +70,7 @@ def train(
             if value:
                 table[key] = value
         if folder:
-            api.override(table, f"data.folder={json.dumps(folder)}")
+            put(table, "data.folder", folder)
         settled = api.settle(table, config or "command line")
         follow(settled, out or Path("runs") / settled.name)
 
@@ -106,19 +108,20 @@ def check(
     set_: Set = None,
 ) -> None:
     """Say what would become of every picture, and what is wrong with the set; nothing is trained."""
-    with shown_errors(), TemporaryDirectory() as unpacked:
+    with shown_errors(), scratch_folder() as unpacked:
         file = source if source.suffix == ".toml" else None
         glance(file, set_ or [])
         from sdlora import api
+        from sdlora.settings import put
 
         table = api.read_settings(file, set_ or [])
         if not file:
-            api.override(table, f"data.folder={json.dumps(str(source))}")
+            put(table, "data.folder", str(source))
         table.setdefault("data", {}).setdefault("skip_unreadable", True)  # named with the rest, instead of one error
         ledger, page = api.check(api.settle(table, file or "command line"), Path(unpacked))
         if html:
             api.save_text(html, page)
-        typer.echo(json.dumps(ledger, indent=1) if as_json else report(ledger))
+        print(json.dumps(ledger, indent=1) if as_json else report(ledger))
 
 
 @app.command()
@@ -203,9 +206,9 @@ def config(
         from sdlora import api
 
         if api.is_cast(file):
-            typer.echo(api.cast_text(api.settle_cast(api.cast_tables(file), file, set_ or [])), nl=False)
+            print(api.cast_text(api.settle_cast(api.cast_tables(file), file, set_ or [])), end="")
         else:
-            typer.echo(api.settings_text(api.settle(api.read_settings(file, set_ or []), file)), nl=False)
+            print(api.settings_text(api.settle(api.read_settings(file, set_ or []), file)), end="")
 
 
 def follow(settled: "Run", out: Path) -> None:
@@ -329,6 +332,8 @@ def advise_on_tiny(base: str) -> None:
 
 
 def main() -> None:
+    read_names_as_utf8()
+    make_streams_safe()
     app()
 
 

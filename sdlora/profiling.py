@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -98,7 +97,7 @@ def shares(spent: Counter[str], base: int) -> dict[str, float]:
 def written(setup: Setup, out: Path, spent: Counter[str], found: profile, step: int) -> Iterator[Event]:
     """Leave the trace of the last step and a page in the run folder, and say so."""
     parts, where, device = shares(spent, base_alone(setup)), out / "profile", setup.family.device
-    with TemporaryDirectory() as aside:  # the profiler writes files itself
+    with safeio.scratch_folder() as aside:  # the profiler writes files itself
         trace = Path(aside) / "trace.json"
         found.export_chrome_trace(str(trace))
         safeio.write(where / "trace.json", trace.read_bytes(), durable=False)

@@ -10,16 +10,14 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
-from sdlora import lock, record, safeio, stop
+from sdlora import children, lock, record, safeio, stop
 from sdlora.errors import UserError
 
 FOLDER = "queue"
@@ -68,7 +66,7 @@ def _add(root: Path, content: str, out: Path, ending: str) -> str:
     if len(known) >= MOST:
         raise UserError("E-QUEUE-04", f"{MOST} runs wait already", root / FOLDER, "let some of them end first")
     number = 1 + max((int(one.id.partition("-")[0]) for one in known), default=0)
-    name = f"{number:06d}-{quote(place.relative_to(root.resolve()).as_posix(), safe='')}"
+    name = f"{number:06d}-{safeio.file_name(place.relative_to(root.resolve()).as_posix())}"
     safeio.write(root / FOLDER / f"{name}{ending}", content)
     return name
 
@@ -110,10 +108,9 @@ def start(root: Path) -> bool:
     """Start a process that works the queue off, if somebody waits and nobody does; it goes on when the one that called is gone."""
     if not any(one.state == "waiting" for one in entries(root)) or is_worked(root):
         return False
-    words = [sys.executable, "-m", "sdlora.cli", "run", "queue", str(root.resolve())]
     alone = {"creationflags": 0x00000208} if os.name == "nt" else {"start_new_session": True}  # DETACHED_PROCESS, NEW_PROCESS_GROUP
-    nothing = subprocess.DEVNULL
-    subprocess.Popen(words, stdin=nothing, stdout=nothing, stderr=nothing, **alone)
+    words = ["-m", "sdlora.cli", "run", "queue", str(root.resolve())]
+    children.start(words, stdout=children.NOTHING, stderr=children.NOTHING, **alone)
     return True
 
 
@@ -140,7 +137,7 @@ def _run(root: Path, one: Entry) -> str:
     if asks is None:  # taken out since
         return "stopped"
     with stop.noted() as asked:
-        code = _followed([sys.executable, "-m", "sdlora.cli", *_words(asks, one.out)], asked, f"{base}{LOG}")
+        code = _followed(["-m", "sdlora.cli", *_words(asks, one.out)], asked, f"{base}{LOG}")
     if asked:
         return "interrupted"
     if code == 0 or code in STOPPED:
@@ -160,11 +157,11 @@ def _words(asks: Path, out: Path) -> list[str]:
 
 
 def _followed(words: list[str], asked: list[int], log: str) -> int:
-    """The exit code of a process whose words go into a file; signals that come are handed to it."""
+    """The exit code of a Python whose words go into a file; signals that come are handed to it."""
     safeio.write(Path(log), "")
     told = 0
     with open(log, "ab") as said:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=os.name != "nt")
+        process = children.start(words, stdout=said, stderr=said, start_new_session=os.name != "nt")
         while process.poll() is None:
             if told < len(asked):
                 process.send_signal(signal.SIGTERM)

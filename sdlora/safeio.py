@@ -9,11 +9,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 from typing import BinaryIO
 
 from sdlora.errors import RESOURCES, UserError
@@ -82,7 +84,7 @@ def write(path: Path, content: bytes | str | Iterable[bytes], durable: bool = Tr
     disk, temporary = DISK.get(), _beside(path)
     try:
         make_folders(path.parent)
-        _write_through(temporary, content.encode() if isinstance(content, str) else content, durable)
+        _write_through(temporary, _encoded(content, path) if isinstance(content, str) else content, durable)
         disk.replace(temporary, path)
         if durable:
             disk.sync_folder(path.parent)
@@ -174,6 +176,14 @@ def make_folders(path: Path) -> None:
     DISK.get().sync_folder(path.parent)
 
 
+def scratch_folder(prefix: str = "sdlora-") -> "TemporaryDirectory[str]":
+    """A temporary folder, by its real path: the usual one may lie behind a link or have a short name, and paths in it are compared.
+
+    What another program still holds when the folder is left stays behind; Windows lets nobody delete it.
+    """
+    return TemporaryDirectory(prefix=prefix, dir=os.path.realpath(gettempdir()), ignore_cleanup_errors=True)
+
+
 def sweep(folder: Path) -> None:
     """Take away what a killed writer left in a folder that nobody else is writing to."""
     for leftover in folder.glob(f"{TEMPORARY}*"):
@@ -194,6 +204,19 @@ def check_room(path: Path, size: int) -> None:
     if free < size:
         what = f"{size / 1e9:.1f} GB are needed here and {free / 1e9:.1f} GB are free; nothing was written"
         raise UserError("E-DISK-01", what, path, "free some space, or choose another place with --out", RESOURCES)
+
+
+def file_name(text: str) -> str:
+    """A name that any disk takes, for any text; `unquote` gives the text again. Letters stay as they are, as names have little room."""
+    return re.sub(r'[%/\\\\:*?"<>|\0-\x1f]', lambda found: f"%{ord(found[0]):02X}", text)
+
+
+def _encoded(text: str, path: Path) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        what = f"it would hold {error.object[error.start : error.start + 1]!r}, half a letter that no text can hold; nothing was written"
+        raise UserError("E-DISK-03", what, path, "write text, and names of files, as UTF-8") from None
 
 
 def _beside(path: Path) -> Path:

@@ -2,12 +2,13 @@
 
 import textwrap
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sdlora.errors import UserError
+from sdlora.errors import UserError, writable
 from sdlora.lookup import nearest
 
 
@@ -22,6 +23,10 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 def build(cls: type[AnySettings], table: dict[str, Any], source: object = "") -> AnySettings:
     """`cls` from a table. Raises one `UserError` that lists everything that is wrong with it."""
+    broken = [name for name, text in _texts(table) if writable(text) != text]
+    if broken:
+        what = f"{', '.join(broken)}: no text, as it is no UTF-8; it could not be written down, and the run not be resumed"
+        raise UserError("E-CONF-01", what, source, "give folders and files names in UTF-8")
     try:
         return cls.model_validate(table)
     except ValidationError as error:
@@ -50,12 +55,29 @@ def override(table: dict[str, Any], assignment: str) -> None:
         value = tomllib.loads(f"x={text}")["x"]
     except (tomllib.TOMLDecodeError, RecursionError):
         value = text
+    put(table, dotted, value)
+
+
+def put(table: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set one setting, named as `train.steps`, to a value as it is."""
     *path, last = dotted.split(".")
     for part in path:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise UserError("E-CONF-05", f'"{part}" holds a value, not a table', f"--set {assignment}")
+            raise UserError("E-CONF-05", f'"{part}" holds a value, not a table', dotted)
     table[last] = value
+
+
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a table, with the name of the setting that it stands in."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, name)
 
 
 def _explain(cls: type[Settings], problem: dict[str, Any]) -> str:

@@ -4,14 +4,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from PIL import Image
 
 from sdlora import family, hub, safeio, settings
-from sdlora.errors import UserError
+from sdlora.errors import UserError, writable
 from sdlora.packs import bundle, card, file, header, metadata, outline, precision, privacy, readers
 from sdlora.packs.bundle import Gallery
 from sdlora.packs.pipelines import Pack
@@ -33,7 +32,7 @@ def opened(path: Path) -> Pack:
     names = bundle.packs(found)
     if len(names) > 1:
         raise UserError("E-PACK-12", f"several packs lie in it: {', '.join(names)}", path, "name one of them")
-    with TemporaryDirectory() as place:
+    with safeio.scratch_folder() as place:
         safeio.write(Path(place) / Path(names[0]).name, found[names[0]], durable=False)
         return Pack.open(Path(place) / Path(names[0]).name)
 
@@ -72,6 +71,10 @@ def changes(assignments: list[str], trigger: str | None = None, scale: float | N
         if not equals:
             what = f'"{assignment}" is not of the form KEY=VALUE'
             raise UserError("E-PACK-10", what, "--set", "write for example --set modelspec.title=Mira")
+        if writable(assignment) != assignment:
+            raise UserError(
+                "E-PACK-10", f'"{assignment}" is no text, as it is no UTF-8', "--set", "type it anew, in a terminal that sends UTF-8"
+            )
         found[key] = value
     if trigger is not None:
         found |= {"modelspec.trigger_phrase": trigger, "trained_words": trigger}
@@ -172,7 +175,7 @@ def push(source: Path, repository: str, private: bool = True) -> Push:
 def take(source: str, out: Path) -> list[dict[str, Any]]:
     """Take a bundle, a file or a repository of the hub into a new folder; says what its packs are."""
     found = bundle.read(source)
-    with TemporaryDirectory() as place:  # looked at before it has its name
+    with safeio.scratch_folder() as place:  # looked at before it has its name
         for name in bundle.packs(found):
             safeio.write(Path(place) / name, found[name], durable=False)
         told = [card.about(Path(place) / name) for name in bundle.packs(found)]

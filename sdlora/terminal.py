@@ -32,7 +32,7 @@ def say(text: str, error: bool = False) -> None:
 
 
 def console(error: bool = False) -> Console:
-    return Console(stderr=error)
+    return Console(stderr=error, emoji=False)  # a folder may well be called :cat:
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from small import PATIENCE_S, any_port, draw_folder, lacks
+from test_door import temporary_behind
 from test_webui import train
 
 from sdlora.family import EMBEDDED
@@ -37,7 +38,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     train(root, "mira", steps=3)
     (root / "broken.safetensors").write_bytes(b"no pack at all")
     os.utime(root / "broken.safetensors", (0, 0))
-    served = app.launch(root, any_port())
+    with temporary_behind(root.parent / "linked"):
+        served = app.launch(root, any_port())
     yield served.url
     served.close()
 

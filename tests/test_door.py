@@ -3,13 +3,17 @@
 import contextlib
 import http.client
 import json
+import ntpath
 import os
+import posixpath
 import re
 import secrets
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -19,7 +23,8 @@ from small import PATIENCE_S, any_port, draw_folder
 from sdlora.api import UserError
 from webui import app, door
 from webui.app import Served
-from webui.door import Door
+from webui.door import FILE, Door, lies_below
+from webui.easel import Wish
 from webui.links import Links
 from webui.login import COOKIE, MOST_FAILURES, Login, password_of
 
@@ -151,6 +156,132 @@ def test_no_path_that_a_client_thinks_up_leads_to_a_file(call: Caller, root: Pat
     picture = Path(outputs) / "pictures" / "own.png"  # the control: what is an output is given out
     picture.write_bytes(b"own picture")
     assert call("GET", f"/gradio_api/file={picture}")[2] == b"own picture"
+
+
+@contextlib.contextmanager
+def temporary_behind(link: Path) -> Iterator[None]:
+    """The system's temporary folder lies behind a link, as on macOS."""
+    real = link.with_name(f"{link.name}-real")
+    real.mkdir()
+    link.symlink_to(real)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(link))
+        yield
+
+
+def test_what_is_drawn_is_given_out_where_the_temporary_folder_lies_behind_a_link(root: Path, tmp_path: Path) -> None:
+    with temporary_behind(tmp_path / "tmp"):
+        served = app.launch(root, any_port())
+    try:
+        folder = Path(served.folder.name)
+        assert folder == Path(os.path.realpath(folder)), "every path in it is the one that paths are compared with"
+        call, drawn = Caller(served), app.new_house(root, folder).easel.pair(Wish("", "mira", "", 1, 1, 1.0, "64x64", 1.0))
+        status, headers, content = call("GET", FILE + quote(str(drawn.base.path), safe=""))
+        assert (status, headers["content-type"], content) == (200, "image/png", drawn.base.path.read_bytes())
+        by_link = tmp_path / "tmp" / drawn.base.path.relative_to(tmp_path / "tmp-real")
+        assert call("GET", FILE + quote(str(by_link), safe=""))[0] == 200
+        for escape in (root / "notes.txt", tmp_path / "tmp" / "x.png", f"{folder}/../x.png", f"{folder}-beside/x.png"):
+            assert call("GET", FILE + quote(str(escape), safe=""))[0] == 403, escape
+    finally:
+        served.close()
+    assert not folder.exists()
+
+
+class Windows(ModuleType):
+    """Windows' paths, on a disk with one short name and one link that leads out."""
+
+    LONG = "C:\\Users\\Ann Lee\\AppData\\Local\\Temp"
+
+    def __init__(self) -> None:
+        super().__init__("ntpath")
+        self.__dict__.update(vars(ntpath), realpath=self.realpath, looked=[])
+
+    def realpath(self, name: str) -> str:
+        self.looked.append(name)
+        real = re.sub(r"(?i)^C:\\Users\\ANNLEE~1\\", lambda _: "C:\\Users\\Ann Lee\\", ntpath.normpath(name))
+        return "C:\\Windows\\win.ini" if ntpath.basename(real) == "link.png" else real
+
+
+OUTPUTS = f"{Windows.LONG}\\sdlora-ui-1"
+GIVEN = [
+    f"{OUTPUTS}\\pictures\\mira-1.png",
+    f"{OUTPUTS}\\pictures\\mira-1.png".replace("\\", "/"),
+    f"c{OUTPUTS[1:]}\\pictures\\mira-1.png",
+    f"{OUTPUTS.upper()}\\PICTURES\\mira-1.png",
+    f"{OUTPUTS}\\0a1b\\\u7f8e\u7f85 (1).zip",
+    f"{OUTPUTS}\\pictures\\console.png",
+    OUTPUTS.replace("Ann Lee", "ANNLEE~1") + "\\pictures\\mira-1.png",
+]
+KEPT = [
+    "",
+    "x.png",
+    "\\x.png",
+    "C:x.png",
+    "C:\\Windows\\win.ini",
+    Windows.LONG + "\\x.png",
+    OUTPUTS,
+    f"{OUTPUTS}-beside\\x.png",
+    f"{OUTPUTS}\\..\\x.png",
+    f"{OUTPUTS}/../x.png",
+    f"{OUTPUTS}\\pictures\\..\\pictures\\mira-1.png",
+    f"{OUTPUTS}\\pictures\\link.png",
+    f"{OUTPUTS}\\pictures\\mira-1.png:hidden",
+    f"{OUTPUTS}\\pictures\\mira-1.png::$DATA",
+    f"{OUTPUTS}\\pictures:stream\\mira-1.png",
+    *(f"{OUTPUTS}\\pictures\\{name}" for name in ("NUL", "con.png", "Com1", "lpt9.x.png", "AUX .png", "com\u00b9.png", "CONOUT$")),
+    f"{OUTPUTS}\\pictures\\mira-1.png.",
+    f"{OUTPUTS}\\pictures\\mira-1.png ",
+    f"{OUTPUTS}\\pictures\\mira-1.png\0",
+    f"{OUTPUTS}\\pictures\\mira-?.png",
+    f"{OUTPUTS}\\%2e%2e\\x.png",
+    f"{OUTPUTS}\\mira%00.png",
+]
+ELSEWHERE = [
+    f"D{OUTPUTS[1:]}\\pictures\\mira-1.png",
+    f"\\\\host\\C$\\{OUTPUTS[3:]}\\pictures\\mira-1.png",
+    f"//host/share/{OUTPUTS[3:]}/x.png",
+    f"\\\\?\\{OUTPUTS}\\pictures\\mira-1.png",
+    f"\\\\.\\{OUTPUTS}\\pictures\\mira-1.png",
+    "\\\\?\\UNC\\host\\share\\x.png",
+    f"\\??\\{OUTPUTS}\\pictures\\mira-1.png",
+    f"file:///{OUTPUTS}/x.png",
+]
+"""Not even looked at: a look at another machine logs in there."""
+
+
+def test_on_windows_what_is_drawn_is_given_out_and_nothing_else() -> None:
+    windows = Windows()
+    for name in GIVEN:
+        assert lies_below(name, OUTPUTS, windows), name
+    for name in KEPT:
+        assert not lies_below(name, OUTPUTS, windows), name
+    windows.looked.clear()
+    for name in ELSEWHERE:
+        assert not lies_below(name, OUTPUTS, windows), name
+    assert windows.looked == []
+    share = "\\\\server\\profiles\\ann\\sdlora-ui-1"
+    assert lies_below(f"{share}\\x.png", share, windows)
+    assert not lies_below("\\\\server\\other\\ann\\sdlora-ui-1\\x.png", share, windows)
+
+
+def test_a_link_as_the_page_makes_it_on_windows_is_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Door(None, Path("."))  # type: ignore[arg-type]
+    one.outputs = OUTPUTS  # type: ignore[assignment]
+    monkeypatch.setattr(door, "os", type("os", (), {"path": Windows()}))
+    for name in GIVEN:
+        for safe in ("", "/:\\", "/"):
+            assert one.gives((FILE + quote(name, safe=safe)).encode()), (name, safe)
+    for name in (*KEPT, *ELSEWHERE):
+        for made in (FILE + quote(name, safe=""), FILE + quote(quote(name, safe=""), safe=""), f"{FILE}/../file={quote(name)}"):
+            assert not one.gives(made.encode()), made
+    hidden = f"{FILE[:-1]}%3DC:/Windows/win.ini/file={quote(GIVEN[0], safe='')}"  # what is served is what stands behind the first "file="
+    assert not one.gives(hidden.encode())
+
+
+def test_elsewhere_a_backslash_is_in_no_name_that_is_given_out() -> None:
+    assert lies_below("/tmp/ui/con:1.png", "/tmp/ui", posixpath)
+    for name in ("/tmp/ui/..\\x.png", "/tmp/ui/a\\b.png", "tmp/ui/x.png", "/tmp/ui", "/tmp/ui2/x.png", "//tmp/ui2/x.png"):
+        assert not lies_below(name, "/tmp/ui", posixpath), name
 
 
 def test_no_argument_of_a_call_leads_to_a_file(root: Path, served: Served) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
+    "errors", "children", "streams",
     "errors", "lookup", "settings", "randomness", "safeio", "processes", "devices", "lock", "stop", "events", "laps", "hub",
     "defaults", "config",
     "quantise", "layers", "adapter", "lowrank", "fused", "compiled", "graphs",
@@ -156,6 +157,16 @@ def disks_are_changed_in_one_place(module: str, source: str) -> list[str]:
     return [f"{module} calls {name}" for name in others if name == "os.replace" or name.rpartition(".")[2] in CHANGES]
 
 
+def programs_are_started_in_one_place(module: str, source: str) -> list[str]:
+    names = [] if module == "sdlora.children" else list(imports(ast.parse(source)))
+    return [f"{module} imports {name}, past sdlora.children" for name in names if name.split(".")[0] in ("subprocess", "multiprocessing")]
+
+
+def the_terminal_is_written_to_by_its_own_streams(module: str, source: str) -> list[str]:
+    called = [ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [f"{module} calls {name}, which opens streams of its own" for name in called if name in ("typer.echo", "click.echo")]
+
+
 MANY = ", ".join(f"a{i}" for i in range(8))
 BROKEN: list[tuple[Rule, str, str]] = [
     (files_are_short, "sdlora.job", "x = 1\n" * 401),
@@ -191,6 +202,9 @@ BROKEN: list[tuple[Rule, str, str]] = [
     (disks_are_changed_in_one_place, "sdlora.state", "shutil.rmtree(folder)"),
     (disks_are_changed_in_one_place, "sdlora.state", "path.parent.mkdir(parents=True)"),
     (disks_are_changed_in_one_place, "sdlora.state", "os.replace(a, b)"),
+    (programs_are_started_in_one_place, "sdlora.queue", "import subprocess"),
+    (programs_are_started_in_one_place, "webui.app", "from subprocess import run"),
+    (the_terminal_is_written_to_by_its_own_streams, "sdlora.cli", "typer.echo(text)"),
     (imports_stand_at_the_top, "sdlora.family", "class A:\n    def f(self) -> None:\n        from json import loads"),
 ]
 SOUND: list[tuple[Rule, str, str]] = [
@@ -201,6 +215,7 @@ SOUND: list[tuple[Rule, str, str]] = [
     (the_web_page_sees_only_the_api, "webui.app", "from sdlora import api\nfrom sdlora.api import Run\nfrom webui import parts"),
     (families_are_named_only_at_home, "sdlora.job", '"""About sd1."""\nx: int\n"""sdxl too."""\ny = "sd15x"'),
     (imports_stand_at_the_top, "sdlora.hub", "def download(name: str) -> None:\n    from huggingface_hub import x"),
+    (programs_are_started_in_one_place, "sdlora.children", "import subprocess"),
     (disks_are_changed_in_one_place, "sdlora.state", "safeio.rename(a, b)\nname.replace('a', 'b')"),
 ]
 RULES = list(dict.fromkeys(rule for rule, _, _ in BROKEN))

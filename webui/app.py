@@ -4,9 +4,9 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Thread, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ class Served:
     url: str
     server: "uvicorn.Server"
     thread: Thread
-    folder: tempfile.TemporaryDirectory[str]
+    folder: "TemporaryDirectory[str]"
 
     def close(self) -> None:
         self.server.should_exit = self.server.force_exit = True
@@ -64,11 +64,11 @@ def serve(port: int, data_root: Path, listen: str = "", password_file: Path | No
 def launch(data_root: Path, port: int, host: str = HOST, login: "Login | None" = None) -> Served:
     """Start serving in the background. Raises `UserError` where others could come in without a password."""
     keep_local()
-    from sdlora.api import UserError
+    from sdlora.api import UserError, scratch_folder
 
     if host not in LOCAL and login is None:
         raise UserError("E-UI-16", "others on the network could use this page without a password", host, "leave --listen out, or give one")
-    folder = tempfile.TemporaryDirectory(prefix="sdlora-ui-")
+    folder = scratch_folder("sdlora-ui-")
     os.environ["GRADIO_TEMP_DIR"] = folder.name  # the usual place is shared by all users of the machine, and stays
     import uvicorn
 

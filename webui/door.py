@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeAlias
 from urllib.parse import unquote, urlsplit
 
@@ -51,6 +52,9 @@ HEADERS = {
 }
 SAVED = {"content-type": "application/octet-stream", "content-disposition": "attachment"}
 SHOWN = (b"image/png", b"image/jpeg", b"image/webp", b"image/gif")
+DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$) *(\..*)?", re.IGNORECASE | re.DOTALL)
+NO_FILE = re.compile(r'[<>:"|?*\x00-\x1f]|[. ]$')
+"""What Windows takes for a device, and what is in no file's name there: `x.png:y` is another stream of x.png, `x.png.` is x.png itself."""
 
 
 class TooLargeError(Exception):
@@ -126,11 +130,9 @@ class Door:
             return False
 
     def gives(self, raw: bytes) -> bool:
-        """Whether the file that a path names lies in the outputs, wherever links and dots lead."""
-        name = unquote(raw.decode("latin-1").partition("file=")[2].partition("?")[0], errors="replace")
-        if "\0" in name or "\\" in name or "%" in name or not name.startswith(str(self.outputs)) or ".." in name.split("/"):
-            return False
-        return Path(os.path.realpath(name)).is_relative_to(self.outputs)
+        """Whether the file that a path names lies in the outputs."""
+        name = unquote(raw.decode("latin-1").partition("?")[0], errors="replace")
+        return name.startswith(FILE) and lies_below(name.removeprefix(FILE), str(self.outputs), os.path)
 
     def _most(self, path: str) -> int:
         return MAX_UPLOAD if path == UPLOAD else MAX_CALL
@@ -151,6 +153,24 @@ class Door:
                 except OSError:
                     continue
         return len(sizes) >= MAX_FILES or sum(sizes) >= MAX_STORED
+
+
+def lies_below(name: str, folder: str, path: ModuleType) -> bool:
+    """Whether a name is that of a file below a folder, which is a real path, wherever links and short names lead; `path` is the system's
+    module of paths."""
+    drive, rest = path.splitdrive(name)
+    parts = re.split(r"[\\/]", rest)
+    if "\0" in name or "%" in name or ".." in parts or not path.isabs(name):
+        return False
+    if path.normcase(drive) != path.normcase(path.splitdrive(folder)[0]):  # before a look: to look at another machine is to log in there
+        return False
+    if any(NO_FILE.search(part) or DEVICE.fullmatch(part) for part in parts) if path.sep == "\\" else "\\" in name:
+        return False
+    try:
+        real = path.normcase(path.realpath(name))
+    except OSError:
+        return False
+    return bool(real.startswith(path.normcase(path.join(folder, ""))))
 
 
 def _sealed(headers: list[tuple[bytes, bytes]], is_file: bool) -> list[tuple[bytes, bytes]]:

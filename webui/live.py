@@ -84,11 +84,11 @@ class Live:
             project = self.projects.find(name)
         except UserError as error:
             return EMPTY.format(escape(str(error)))
-        files = {path.relative_to(project.pictures).as_posix(): path for path in project.files()}
+        files = {api.shown(path.relative_to(project.pictures).as_posix()): path for path in project.files()}
         if not files:
             return EMPTY.format("No picture yet. Bring some above: 10 to 30 of a character, more of a style.")
         found = project.ledger()
-        rows = {str(row["file"]).removeprefix(f"{project.pictures}/"): row for row in found.get("pictures", [])}
+        rows = {str(row["file"]): row for row in found.get("pictures", [])}
         cards = [self._card(name, path, rows.get(name)) for name, path in files.items()]
         return f'{summary(found, len(files))}<div class="cards">{"".join(cards)}</div>'
 

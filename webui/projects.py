@@ -38,7 +38,7 @@ class Project:
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return api.writable(self.folder.name)
 
     @property
     def pictures(self) -> Path:
@@ -88,7 +88,7 @@ class Project:
     def find(self, name: str) -> Path:
         """One of its pictures by its place in the folder. Only what is listed is found."""
         for path in self.files():
-            if path.relative_to(self.pictures).as_posix() == name:
+            if api.shown(path.relative_to(self.pictures).as_posix()) == name:
                 return path
         raise UserError("E-UI-08", f'there is no picture "{name}" any more', self.name, "look at the pictures again")
 
@@ -142,6 +142,7 @@ class Projects:
         """One by its name. Only what is listed is found, so that no name leads out of the folder."""
         for project in self.all():
             if project.name == name:
+                api.check_path(project.folder)
                 return project
         raise UserError("E-UI-10", f'there is no project "{name}"', self.root / FOLDER, "choose another, or begin a new one")
 
@@ -222,11 +223,12 @@ class Projects:
         """A run by its place below the root. Only what is listed is found."""
         for one in self.runs():
             if self.id_of(one) == id:
+                api.check_path(one.folder)
                 return one
         raise UserError("E-UI-13", f'there is no run "{id}"', self.root, "choose another")
 
     def id_of(self, one: Record) -> str:
-        return one.folder.relative_to(self.root).as_posix()
+        return api.writable(one.folder.relative_to(self.root).as_posix())
 
     def busy(self) -> str:
         """What is at work on the device now, a run or a judging; nothing if nothing is."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdlora import api
 from sdlora.api import UserError
 
 SKIPPED = {"cache", "checkpoints", "projects", "queue"}  # folders of a run that hold no finished packs
@@ -33,6 +34,7 @@ class Shelf:
         """A pack by its id. Only what is listed is found, so that no id leads out of the folder."""
         for found in self._walk():
             if found.id == id:
+                api.check_path(found.path)
                 return found
         raise UserError("E-UI-01", f'there is no pack "{id}" any more', self.root, "refresh the list and choose another")
 
@@ -45,4 +47,4 @@ class Shelf:
                 path = Path(folder, name)
                 if path.suffix == ".safetensors" and not name.startswith(".") and path.is_file():
                     stat = path.stat()
-                    yield Found(path.relative_to(self.root).as_posix(), path, (stat.st_mtime_ns, stat.st_size))
+                    yield Found(api.writable(path.relative_to(self.root).as_posix()), path, (stat.st_mtime_ns, stat.st_size))

@@ -7,16 +7,16 @@ the pack and its pictures are then put into STORE/packs/NAME as plain files.
 import hashlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from sdlora import lock, safeio
+from sdlora import children, lock, safeio
 from sdlora.data import store as caches
 from sdlora.errors import UserError
 from sdlora.fleet import storage
 from sdlora.fleet.storage import Storage
+from sdlora.streams import make_streams_safe
 
 LOOK_S = 0.5
 WAIT_S, WAITS = 30.0, 20
@@ -56,9 +56,7 @@ def _trained(shared: Storage, name: str, attempt: int, scratch: Path) -> int:
     """Train in the pulled folder, pushing it after each checkpoint. A push that fails is told and tried again after the next one."""
     work = scratch / "work"
     words = ["-m", "sdlora.cli", "train", "--config", str(scratch / "settings.toml"), "--out", str(work / "run")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sdlora.fleet.bound", str(os.getpid()), *words], env={**os.environ, caches.PLACE: str(work / "cache")}
-    )
+    process = children.start(["-m", "sdlora.fleet.bound", str(os.getpid()), *words], {caches.PLACE: str(work / "cache")})
     before = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
     pushed, looked = checkpoints(work), time.monotonic()
     try:
@@ -105,6 +103,7 @@ def newest(shared: Storage, place: str) -> list[str]:
 def main(address: str, name: str, attempt: str) -> int:
     usual = caches.place(os.environ) / "fleet"
     scratch = Path(os.environ.get(SCRATCH) or usual) / hashlib.sha256(f"{address}\0{name}".encode()).hexdigest()[:16]
+    make_streams_safe()
     try:
         code = carry(Storage.open(address), name, int(attempt), scratch)
     except UserError as error:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from sdlora import lock, safeio
 from sdlora.errors import UserError
@@ -103,10 +103,10 @@ class Folder:
         return True
 
     def settings(self, name: str) -> Path:
-        return self.place / "jobs" / f"{_quoted(name)}.toml"
+        return self.place / "jobs" / f"{safeio.file_name(name)}.toml"
 
     def log(self, name: str) -> Path:
-        return self.place / "logs" / f"{_quoted(name)}.log"
+        return self.place / "logs" / f"{safeio.file_name(name)}.log"
 
     def jobs(self) -> list[Job]:
         """All jobs: the most urgent first, then in the order in which they came."""
@@ -136,11 +136,7 @@ class Folder:
         safeio.append_line(self.place / "events.jsonl", json.dumps({"time": round(time.time(), 3), "kind": kind, "job": job, **more}))
 
     def _state(self, name: str) -> Path:
-        return self.place / "states" / f"{_quoted(name)}.json"
-
-
-def _quoted(name: str) -> str:
-    return quote(name, safe=" ")
+        return self.place / "states" / f"{safeio.file_name(name)}.json"
 
 
 def _read(path: Path) -> dict[str, Any]:

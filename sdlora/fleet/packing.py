@@ -1,13 +1,12 @@
 """What a job takes of a card, by its memory plan; and how a list of runs becomes casts that each fit one."""
 
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from sdlora import family, learners, plan
+from sdlora import family, learners, plan, safeio
 from sdlora.config import Run
 from sdlora.data import ledger, store
 from sdlora.errors import UserError
@@ -23,7 +22,7 @@ def measured(runs: Sequence[Run]) -> list[Measured]:
     """What each of these runs, all over one base, would hold; nothing is trained."""
     loaded, kept = family.load(learners.base_of(runs[0]), torch.device("cpu"), torch.float32), store.usual()
     found = []
-    with tempfile.TemporaryDirectory() as unpacked:
+    with safeio.scratch_folder() as unpacked:
         for run in runs:
             dataset = ledger.fit_dataset(ledger.read_dataset(run, Path(unpacked) / run.name, kept), run, loaded)
             found.append(learners.memory(run, loaded, learners.pieces(run, loaded), dataset))

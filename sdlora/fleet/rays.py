@@ -2,8 +2,6 @@
 
 import os
 import socket
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ from urllib.parse import urlsplit
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from sdlora import children
 from sdlora.errors import RESOURCES, UserError
 from sdlora.fleet.work import Outcome, Room, Task
 
@@ -25,10 +24,9 @@ CLIENT_PORT = 10001
 
 def errand(arguments: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
     """On a worker: a Python command as a child that dies with it; its exit code, the node, its last lines."""
-    words = [sys.executable, "-m", "sdlora.fleet.bound", str(os.getpid()), *arguments]
+    words = ["-m", "sdlora.fleet.bound", str(os.getpid()), *arguments]
     said = deque[str](maxlen=SAID_LINES)
-    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(words, env={**os.environ, **environment}, text=True, errors="replace", **pipes) as process:
+    with children.start(words, environment, stdout=children.READ, stderr=children.AS_STDOUT) as process:
         assert process.stdout
         said.extend(process.stdout)
     return process.returncode, socket.gethostname(), "".join(said)

@@ -27,7 +27,7 @@ def inspect(
 
         found = api.inspect_base(base)
         if as_json:
-            typer.echo(json.dumps(found, indent=1))
+            print(json.dumps(found, indent=1))
         else:
             how = "" if found["prediction_is_read"] else " (assumed: no file of it says so; a run measures it)"
             say(f"{found['name']}: {found['family']}, made for {found['size_px']} px, predicts {found['prediction']}{how}")

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
+from sdlora.safeio import scratch_folder
 from sdlora.terminal import console, numbers, say, shown_errors
 from sdlora.verbs.run import casting
 
@@ -39,7 +39,7 @@ def lr(
     out: Out = Path("found"),
 ) -> None:
     """Propose a learning rate: one short run in which it grows until the loss on pictures held out rises."""
-    with shown_errors(), TemporaryDirectory() as scratch:
+    with shown_errors(), scratch_folder() as scratch:
         from sdlora import api
 
         run = settled(source, set_)
@@ -56,7 +56,7 @@ def dimension(
     out: Out = Path("found"),
 ) -> None:
     """Find the smallest adapter that learns nine tenths of what the largest does, by short runs of each size."""
-    with shown_errors(), TemporaryDirectory() as scratch:
+    with shown_errors(), scratch_folder() as scratch:
         from sdlora import api
 
         ladders = {"rank": numbers(ranks, "--ranks"), "dimension": numbers(dimensions, "--dimensions")}
@@ -107,11 +107,12 @@ def settled(source: Path, assignments: Optional[list[str]]) -> "Run":
 def settings(source: Path, assignments: Optional[list[str]]) -> tuple[dict[str, Any], Optional[Path]]:
     """The table of a folder or a file of settings with assignments laid over it, and that file."""
     from sdlora import api
+    from sdlora.settings import put
 
     file = source if source.suffix == ".toml" else None
     table = api.read_settings(file, assignments or [])
     if not file:
-        api.override(table, f"data.folder={json.dumps(str(source))}")
+        put(table, "data.folder", str(source))
     return table, file
 
 
@@ -178,7 +179,7 @@ def best(
             elif not as_json:
                 say(event.text)
         if as_json:
-            typer.echo(json.dumps(table, indent=1))
+            print(json.dumps(table, indent=1))
             return
         rows = Table("", "scale", "likeness", "drift", "score (90 %)", "copies", "follows", box=None, pad_edge=False, header_style="bold")
         for row in table["rows"]:

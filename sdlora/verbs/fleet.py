@@ -73,9 +73,9 @@ def fleet(
         if not known:
             raise UserError("E-FLEET-01", "there is no job in this fleet", in_, "name TOML files of runs: sdlora fleet configs/*.toml")
         if print_ == "slurm":
-            typer.echo(scripts.slurm(place, known), nl=False)
+            print(scripts.slurm(place, known), end="")
         elif print_:
-            typer.echo(scripts.ray_yaml(place, known, image, claim, workers or 1), nl=False)
+            print(scripts.ray_yaml(place, known, image, claim, workers or 1), end="")
         else:
             say(f"{new} new of {len(known)} jobs in {in_}")
             if not add:

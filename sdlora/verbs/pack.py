@@ -36,7 +36,7 @@ def check(
 
         found = api.check_pack(pack, base)
         if as_json:
-            typer.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=1))
+            print(json.dumps([dataclasses.asdict(one) for one in found], indent=1))
             return
         table = Table("program", "opens", "modules", "scale", "why", box=None, pad_edge=False, header_style="bold")
         for one in found:
@@ -55,7 +55,7 @@ def inspect(pack: File, as_json: Json = False) -> None:
 
         found = api.about_pack(pack)
         if as_json:
-            typer.echo(json.dumps(found, indent=1))
+            print(json.dumps(found, indent=1))
             return
         table = Table(box=None, pad_edge=False, show_header=False)
         for name, value in api.about_rows(found):

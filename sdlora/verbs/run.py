@@ -39,7 +39,7 @@ def list_(
             raise UserError("E-RUN-05", "there is no such folder", root, "name the folder that holds your runs")
         found = record.runs(root)
         if as_json:
-            typer.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=1, default=str))
+            print(json.dumps([dataclasses.asdict(one) for one in found], indent=1, default=str))
             return
         if not found:
             say(f"no run lies in {root}")

@@ -126,7 +126,7 @@ def diff(
         if pictures and not as_json:
             say(pictures.line())
         if as_json:
-            typer.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=1))
+            print(json.dumps([dataclasses.asdict(one) for one in found], indent=1))
             return
         if all(one.relative is not None and one.relative < 1e-9 for one in found):
             say("both packs add the same")
@@ -151,7 +151,7 @@ def spectrum(
 
         found, advice = api.pack_spectrum(pack, out, base)
         if as_json:
-            typer.echo(json.dumps({"advised_rank": advice, "modules": [dataclasses.asdict(one) for one in found]}, indent=1))
+            print(json.dumps({"advised_rank": advice, "modules": [dataclasses.asdict(one) for one in found]}, indent=1))
             return
         intruding = ["intruders"] if base else []
         table = Table("module", "rank", "effective", "stable", "for 95 %", *intruding, box=None, pad_edge=False, header_style="bold")
