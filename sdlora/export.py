@@ -86,16 +86,9 @@ def check_fields(fields: Mapping[str, str], settled: Run) -> None:
 
 def check_tensors(tensors: Mapping[str, Tensor], settled: Run) -> None:
     """Raise `UserError` if a pack with these tensors would not be read."""
-    rest, own = words.apart(tensors)
-    for key in words.bundled(own, settled.trigger) if settled.pack.embeddings_inside else ():
-        try:
-            strict.check_key(key)
-        except strict.FormatError as error:
-            what = f"pack.embeddings_inside makes the trigger a part of a tensor's name, and none may be called so: {error}"
-            raise UserError("E-PACK-38", what, "trigger", "choose another, or set pack.embeddings_inside=false") from None
     exact = lookup.find("adapters", settled.adapter.model_dump()["kind"]).Adapter.exact
     width = precision.DTYPES[settled.pack.dtype].itemsize
-    size = sum(tensor.numel() * (4 if key.partition(".")[2] in exact else width) for key, tensor in rest.items())
+    size = sum(tensor.numel() * (4 if key.partition(".")[2] in exact else width) for key, tensor in tensors.items())
     if size > file.MAX_BYTES - strict.MAX_HEADER or len(tensors) > strict.MAX_TENSORS:
         what = f"the pack would hold {len(tensors):,} tensors of {size / 2**30:.1f} GiB together, more than is read of one"
         raise UserError("E-PACK-38", what, "adapter", "adapt fewer layers, at a smaller rank, or set pack.dtype=fp16")

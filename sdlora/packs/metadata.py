@@ -213,7 +213,7 @@ def _pictures(run: Run, facts: Facts) -> dict[str, Any]:
 
 def named_tags(run: Run, hidden: Secrets) -> dict[str, dict[str, int]]:
     """Tags with their frequency, by the folder that is named, as far as the pack's privacy and the length of a field let them be told."""
-    return {} if run.pack.privacy == "public" else most_frequent(_all_tags(run, hidden))
+    return {} if run.pack.privacy == "public" else most_frequent(_all_tags(run, hidden), MAX_FIELD)
 
 
 def tags_left_out(run: Run, hidden: Secrets) -> str:
@@ -232,7 +232,7 @@ def _all_tags(run: Run, hidden: Secrets) -> dict[str, Counter[str]]:
     return found
 
 
-def most_frequent(tags: Mapping[str, Mapping[str, int]], room: int = MAX_FIELD) -> dict[str, dict[str, int]]:
+def most_frequent(tags: Mapping[str, Mapping[str, int]], room: int) -> dict[str, dict[str, int]]:
     """The most frequent of them that a field of so many bytes has room for; one that is too long for what is left is passed over."""
     every = sorted((-count, folder, tag) for folder, inside in tags.items() for tag, count in inside.items())
     found: dict[str, dict[str, int]] = {}
@@ -249,9 +249,8 @@ def most_frequent(tags: Mapping[str, Mapping[str, int]], room: int = MAX_FIELD) 
 
 
 def too_long(fields: Mapping[str, str]) -> list[str]:
-    """The fields that are longer than they may be in a pack that is made here; a trigger longer than one is read would be cut."""
-    most = {key: strict.MAX_WORDS if key in ("modelspec.trigger_phrase", "trained_words") else MAX_FIELD for key in fields}
-    return [key for key, value in fields.items() if strict.size_of(value) > most[key]]
+    """The fields that are longer than they may be in a pack that is made here."""
+    return [key for key, value in fields.items() if strict.size_of(value) > MAX_FIELD]
 
 
 def as_json(value: Any) -> str:

@@ -116,13 +116,13 @@ def check_key(key: str) -> None:
 def _header_length(content: bytes) -> int:
     """Raises `FormatError` if this is no safetensors file, or does not hold the whole of its header."""
     said, rest = int.from_bytes(content[:8], "little"), len(content) - 8
+    if content and rest < 2:
+        raise FormatError(f"it is cut short: it has {len(content)} bytes", AGAIN)
     if content[8:10] != b'{"' or said > MAX_HEADER:
         if said <= MAX_HEADER and content[8:9] in (b"{", b" ", b"\t", b"\n", b"\r"):
             raise FormatError('its header does not begin with {", by which programs know a pack')
         if other := lookalike(content):
             raise FormatError(f"not a pack: this file is {other.what}", other.todo)
-        if rest < 2:
-            raise FormatError(f"it is cut short: it has {len(content)} bytes", AGAIN)
     if content[8:10] != b'{"':
         raise FormatError("not a pack: this is no safetensors file, and like no other kind of file that is known", OTHER)
     if not 2 <= said <= MAX_HEADER:
