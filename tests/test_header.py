@@ -137,7 +137,7 @@ def foreign(path: Path, pack: Path, **fields: str) -> Path:
 def test_long_metadata_are_read_and_kept(size: int, pack_path: Path, base: Path, tmp_path: Path) -> None:
     tags = json.dumps({"1_x": {f'tag "{i}" [of] a {{long}} caption, 猫': 1 for i in range(size // 45)}})
     assert len(tags) > size
-    path = foreign(tmp_path / "big.safetensors", pack_path, ss_tag_frequency=tags, empty="", sshs_legacy_hash="00000000")
+    path = foreign(tmp_path / "big-1.5.safetensors", pack_path, ss_tag_frequency=tags, empty="", sshs_legacy_hash="00000000")
     assert file.load(path).metadata["ss_tag_frequency"] == tags
     assert len(str(card.rows(api.about_pack(path)))) < 5000
     out = tmp_path / "edited.safetensors"
@@ -226,7 +226,7 @@ def test_whatever_tags_there_are_their_field_is_read_as_it_was_meant(pictures: P
     for seed in range(16):
         rng = random.Random(seed)
         settled = usual.model_copy(update={"pack": usual.pack.model_copy(update={"privacy": ("shared", "full")[seed % 2]})})
-        tags = {odd(rng, 40): {odd(rng, 60_000): rng.randrange(1, 500) for _ in range(10 ** rng.randrange(4))} for _ in range(3)}
+        tags = {odd(rng, 40): {odd(rng, 6_000): rng.randrange(1, 500) for _ in range(10 ** rng.randrange(4))} for _ in range(3)}
         hidden = Secrets(tags=tags, pictures=dict.fromkeys(tags, 1))
         fields = metadata.of_run(settled, "base", Facts(3, 1, 0.0, 0.0, {(64, 64): 3}, hidden=hidden))
         export.check_fields(fields, settled)
@@ -262,6 +262,7 @@ def test_whatever_is_not_refused_before_training_is_read(pictures: Path, base: P
 def test_what_is_refused_before_training_would_not_be_read() -> None:
     with pytest.raises(UserError, match="E-PACK-03"):
         written({"modelspec.title": "<script>"})
+    assert metadata.too_long({"a": "猫" * 90_000, "b": "x" * metadata.MAX_FIELD, "c": '"' * 200_000}) == ["a", "c"], "bytes count"
     assert written({"modelspec.title": metadata.as_json("<script>")}) == {"modelspec.title": '"\\u003cscript>"'}
 
 

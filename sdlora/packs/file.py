@@ -216,7 +216,7 @@ def attach(pack: Pack, name: str, bank: Bank, family: Family, partial: bool = Fa
 
 def converted(pack: Pack, bank: Bank, family: Family, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """A pack of any layout in another; the bank is left as it was. Raises `UserError` for what the base or the layout can't hold."""
-    attach(pack, name := f"{pack.name} ", bank, family)
+    attach(pack, name := f"{pack.name.replace('.', '-')} ", bank, family)  # modules have no points in their names
     try:
         return written(bank, name, family, [layout], dtype)[0][layout]
     finally:
