@@ -6,23 +6,29 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from sdlora.config import Run
+from sdlora import lookup
+from sdlora.config import Run, flat
 from sdlora.data.ledger import Dataset
 from sdlora.errors import UserError
 from sdlora.events import Event
 from sdlora.family import Family
-from sdlora.packs import header, metadata, outline, privacy, readers, words, writing
+from sdlora.packs import file, header, metadata, outline, precision, privacy, readers, strict, words, writing
 from sdlora.packs.metadata import Facts
 from sdlora.packs.privacy import Secrets
 from sdlora.packs.readers import Reading
 
 
 def foresee(settled: Run, loaded: Family, tensors: Mapping[str, Tensor], dataset: Dataset) -> None:
-    """Raise before anything is trained what would be raised when the pack is written; `tensors` are those of the start."""
-    read(settled, loaded, writing.agreed(tensors))
+    """Raise before anything is trained what would be raised when the pack is written, or read; `tensors` are those of the start."""
     hidden = privacy.secrets(dataset, settled)
-    facts = Facts(0, 0, time.time(), time.time(), dataset.buckets, hidden=hidden)
-    prove(metadata.of_run(settled, loaded.base.name, facts), hidden, settled)
+    for layout in settled.pack.layouts:
+        laid_out = writing.laid_out(layout, tensors, loaded)
+        wrong = readers.misread(read(settled, loaded, laid_out))
+        facts = Facts(0, 0, time.time(), time.time(), dataset.buckets, hidden=hidden, warnings=wrong)
+        fields = {**metadata.names_of_base(loaded), **metadata.of_run(settled, loaded.base.name, facts)}
+        prove(fields, hidden, settled)
+        check_fields(fields, settled)
+        check_tensors(laid_out, settled)
 
 
 def describing(
@@ -39,7 +45,9 @@ def describing(
         prove(fields, facts.hidden, settled)
         return fields
 
-    return describe, [Event("note", line(readings)), *(Event("warning", f"written as pack.force is set: {one}") for one in wrong)]
+    left_out = metadata.tags_left_out(settled, facts.hidden)
+    notes = [Event("note", one) for one in (line(readings), left_out) if one]
+    return describe, [*notes, *(Event("warning", f"written as pack.force is set: {one}") for one in wrong)]
 
 
 def read(settled: Run, loaded: Family, tensors: Mapping[str, Tensor]) -> list[Reading]:
@@ -62,6 +70,35 @@ def prove(fields: Mapping[str, str], hidden: Secrets, settled: Run) -> None:
     if found:
         what = f"the header would tell what pack.privacy = {settled.pack.privacy} keeps back: {'; '.join(found[:5])}"
         raise UserError("E-PACK-09", what, settled.name, "word that setting otherwise, or set pack.privacy to shared or full")
+
+
+def check_fields(fields: Mapping[str, str], settled: Run) -> None:
+    """Raise `UserError` if a header would be longer than a pack's may be, or hold what no program can read."""
+    for key in metadata.too_long(fields):
+        what = f"the header's {key} would take {strict.size_of(fields[key]):,} bytes, where a pack has room for {metadata.MAX_FIELD:,}"
+        raise UserError("E-PACK-38", what, _setting(key, settled), "make it shorter")
+    for key, value in fields.items():
+        try:
+            strict.check_text(value, f"the header's {key}")
+        except strict.FormatError as error:
+            raise UserError("E-PACK-38", f"no program could read the pack: {error}", _setting(key, settled), "word it otherwise") from None
+
+
+def check_tensors(tensors: Mapping[str, Tensor], settled: Run) -> None:
+    """Raise `UserError` if a pack with these tensors would not be read."""
+    exact = lookup.find("adapters", settled.adapter.model_dump()["kind"]).Adapter.exact
+    width = precision.DTYPES[settled.pack.dtype].itemsize
+    size = sum(tensor.numel() * (4 if key.partition(".")[2] in exact else width) for key, tensor in tensors.items())
+    if size > file.MAX_BYTES - strict.MAX_HEADER or len(tensors) > strict.MAX_TENSORS:
+        what = f"the pack would hold {len(tensors):,} tensors of {size / 2**30:.1f} GiB together, more than is read of one"
+        raise UserError("E-PACK-38", what, "adapter", "adapt fewer layers, at a smaller rank, or set pack.dtype=fp16")
+
+
+def _setting(key: str, settled: Run) -> str:
+    """The setting that a field of the header is made of."""
+    if key == "sdlora.config":
+        return max(flat(settled), key=lambda pair: len(str(pair[1])))[0]
+    return metadata.GIVEN.get(key, key)
 
 
 def line(readings: Sequence[Reading]) -> str:

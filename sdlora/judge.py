@@ -16,7 +16,7 @@ from sdlora.data.ledger import Dataset
 from sdlora.data.pixels import read_picture
 from sdlora.eyes import Eyes
 from sdlora.state import Score
-from sdlora.studio import Studio
+from sdlora.studio import Studio, as_prompt
 
 BATCH = 16
 UNRELATED = (
@@ -236,7 +236,7 @@ def material(settled: Run, dataset: Dataset, asking: Asking) -> tuple[Questions,
         return torch.stack(shown) if shown else torch.empty(0, 3, size[1], size[0])
 
     # A prompt of a picture trained on would be answered best by a copy of it.
-    said = [captions.final(items[i], settled, 0) for i in dataset.held or pool]
+    said = [as_prompt(captions.final(items[i], settled, 0)) for i in dataset.held or pool]
     asked = [*itertools.islice(itertools.cycle(dict.fromkeys(said)), asking.prompts)]
     other = unrelated(settled.data.prior_prompts, asking.prompts)
     questions = Questions(asked, other, range(asking.seeds), asking.scales, size, asking.steps)

@@ -13,7 +13,7 @@ from sdlora.config import Run
 from sdlora.data import captions
 from sdlora.data.ledger import Dataset
 from sdlora.generate import Recipe
-from sdlora.studio import Studio
+from sdlora.studio import Studio, as_prompt
 
 
 def in_training(studio: Studio, settled: Run, scale: float) -> list[Image.Image]:
@@ -49,7 +49,7 @@ def likeness(
     shown = [i for i in dict.fromkeys(dataset.pool) if not items[i].regularisation]
     size = Counter(dataset.sizes[i] for i in shown).most_common(1)[0][0]
     chosen = [i for i in shown if dataset.sizes[i] == size][:most]
-    said = [captions.final(items[i], settled, 0) for i in chosen]
+    said = [as_prompt(captions.final(items[i], settled, 0)) for i in chosen]
     true = torch.stack([latents[i][0][0].flatten() for i in chosen])
     apart = []
     for scale in (0.0, 1.0):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sdlora import family, hub, safeio, settings
 from sdlora.errors import UserError, writable
-from sdlora.packs import bundle, card, file, header, metadata, outline, precision, privacy, readers
+from sdlora.packs import bundle, card, file, header, metadata, outline, precision, privacy, readers, strict
 from sdlora.packs.bundle import Gallery
 from sdlora.packs.pipelines import Pack
 from sdlora.packs.privacy import Secrets
@@ -142,7 +142,7 @@ class Push:
         lines = [f"repository {self.repository}, {seen}"]
         lines += [f"{name}  {len(content):,} bytes" for name, content in self.files.items()]
         for name in bundle.packs(self.files):
-            said = _metadata(self.files[name])
+            said = strict.parse(self.files[name], name)[1]
             lines.append(f"{name} tells: {', '.join(f'{key} = {said[key][:60]}' for key in sorted(said) if key in TOLD)}")
             level = said.get("sdlora.privacy", "not said: another program wrote it")
             lines.append(f"its privacy is {level}; all of its {len(said)} fields: sdlora pack inspect")
@@ -183,11 +183,6 @@ def take(source: str, out: Path) -> list[dict[str, Any]]:
         raise UserError("E-PACK-11", "a bundle is opened into a folder", out, "name a folder with --out")
     bundle.write(out, found)
     return told
-
-
-def _metadata(content: bytes) -> dict[str, str]:
-    found: dict[str, str] = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
-    return found
 
 
 def convert(path: Path, layout: str, out: Path, dtype: str = "fp16", base: str = "") -> list[str]:

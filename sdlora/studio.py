@@ -146,6 +146,11 @@ class Studio:
         return self.family.too_long(prompts)
 
 
+def as_prompt(caption: str) -> str:
+    """A caption as it may be asked for: no base reads as much as is left of a longer one."""
+    return caption[:MAX_PROMPT]
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """ "640x512" -> (640, 512)."""
     width, _, height = text.lower().partition("x")

@@ -104,7 +104,6 @@ HARM: dict[str, Callable[[Path], bytes]] = {
     "115 dunder": renamed("x.__class__"),
     "116 number": edit(lambda header, _: header["__metadata__"].update({"ss_steps": 3})),
     "116 list": edit(lambda header, _: header.update({"__metadata__": []})),
-    "116 long": edit(lambda header, _: header["__metadata__"].update({"ss_tag": "a" * 1_000_001})),
     "116 script": edit(lambda header, _: header["__metadata__"].update({"modelspec.title": "<script>alert(1)</script>"})),
     "120 LFS": lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
     "119 page": lambda _: b"<html>404</html>", "117 pickle": lambda _: b"\x80\x04N.", "118 zip": lambda _: b"PK\x03\x04" + bytes(99),

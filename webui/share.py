@@ -16,6 +16,8 @@ from webui.house import PRIVATE, House, Values, brought, command_line, toasts
 FIELDS = {"title": "Title", "author": "Author", "license": "Licence", "tags": "Tags", "description": "Description"}
 """What may be written into a pack's header, beside its trigger and scale: ModelSpec's names, and what they are called here."""
 RECEIVED = "received"
+SHOWN = 2000
+"""Characters of a field that a box shows; what is longer is left as it is unless it is written anew."""
 LEAD = '<p class="lead">Hand a pack on: everything that becomes public is listed here first. Nothing is sent before you press Send.</p>'
 
 
@@ -40,7 +42,7 @@ class Share:
             with gr.Row():
                 self.trigger = gr.Textbox(label="Trigger", elem_id="fact-trigger", max_length=200, min_width=150)
                 self.scale = gr.Number(1, label="Recommended scale", elem_id="fact-scale", minimum=-4, maximum=4, min_width=130)
-                self.fields = {name: gr.Textbox(label=label, elem_id=f"fact-{name}", max_length=2000, min_width=150)
+                self.fields = {name: gr.Textbox(label=label, elem_id=f"fact-{name}", max_length=SHOWN, min_width=150)
                                for name, label in FIELDS.items()}  # fmt: skip
             self.write = gr.Button("Write it into the pack", elem_id="write-facts", size="sm")
         with gr.Accordion("To the hub", open=False, elem_id="hub"):
@@ -90,7 +92,7 @@ class Share:
         told: Values = {self.readers: readings, self.public: becomes_public(path, pack.metadata), self.sending: ""}
         told |= {self.download: gr.DownloadButton(interactive=False), self.send: gr.Button(interactive=False)}
         told |= {self.trigger: about["trigger"], self.scale: about["scale"]}
-        told |= {field: about[name] for name, field in self.fields.items()}
+        told |= {field: about[name][:SHOWN] for name, field in self.fields.items()}
         return {**told, self.command: shlex.join(["sdlora", "pack", "check", str(path)])}
 
     def make(self, values: Values) -> Values:
@@ -107,7 +109,7 @@ class Share:
         with toasts():
             path, before = self._path(values), api.about_pack(self._path(values))
             typed = {name: (values[field] or "").strip() for name, field in self.fields.items()}
-            lines = [f"modelspec.{name}={text}" for name, text in typed.items() if text != str(before[name])]
+            lines = [f"modelspec.{name}={text}" for name, text in typed.items() if text != before[name][:SHOWN].strip()]
             trigger = (values[self.trigger] or "").strip()
             trigger_now = trigger if trigger != before["trigger"] else None
             scale = float(values[self.scale]) if values[self.scale] not in (None, before["scale"]) else None

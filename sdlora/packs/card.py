@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from sdlora import hub
-from sdlora.packs import file, header
+from sdlora.packs import file, header, strict
 from sdlora.packs.outline import OUTLINES
 from sdlora.packs.sheet import Sheet, sheet
 
 TAGS = ("text-to-image", "diffusers", "lora", "template:sd-lora")
 WARNINGS = "sdlora.warnings"
+SHOWN, TOLD = 300, 10_000
+"""Characters of a field that a table shows, and that a card tells: a header may hold many millions."""
 
 
 def about(path: Path) -> dict[str, Any]:
     """What a pack is, by its tensors first and its header second."""
-    pack, content = file.load(path), path.read_bytes()
+    content = file.contents(path)
+    pack, _ = file.judge(content, path)
     read, said = sheet(pack.tensors, pack.metadata), pack.metadata
     alphas = sorted({module.alpha for module in read.modules if module.alpha is not None})
     found = {
@@ -29,7 +32,7 @@ def about(path: Path) -> dict[str, Any]:
         "ranks": sorted({module.rank for module in read.modules if module.rank is not None}),
         "alphas": alphas,
         "precision": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in pack.tensors.values()}),
-        "base": pack.base or said.get("ss_sd_model_name", ""),
+        "base": pack.base or said.get("ss_sd_model_name", "")[: strict.MAX_WORDS],
         "base_unet_sha256": said.get("sdlora.base_unet_sha256", ""),
         "model": said.get("modelspec.architecture", "") or read.version,
         "trigger": pack.trigger,
@@ -38,20 +41,33 @@ def about(path: Path) -> dict[str, Any]:
     }
     for key in ("title", "author", "description", "license", "tags", "date"):
         found[key] = said.get(f"modelspec.{key}", "")
-    warnings = json.loads(said[WARNINGS]) if WARNINGS in said else []
-    return found | {"thumbnail": "modelspec.thumbnail" in said, "warnings": warnings, "hashes": header.hashes(content, said)}
+    return found | {"thumbnail": "modelspec.thumbnail" in said, "warnings": warnings(said), "hashes": header.hashes(content, said)}
+
+
+def warnings(said: Mapping[str, str]) -> list[str]:
+    """What programs do otherwise than was trained, by a pack's own word; none where that is none of ours."""
+    try:
+        found = json.loads(said.get(WARNINGS, "[]"))
+    except (ValueError, RecursionError):
+        return []
+    return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
+
+
+def cut(text: str, most: int) -> str:
+    """A text as it is shown: its beginning, and how much more there is."""
+    return text if len(text) <= most else f"{text[:most]} ... ({len(text) - most:,} more characters)"
 
 
 def sidecar(pack: file.Pack) -> str:
     """`NAME.json` of AUTOMATIC1111 and what came of it, which InvokeAI reads too; there a preferred weight of 0 means none."""
     said = pack.metadata
     table = {
-        "description": said.get("modelspec.description", ""),
+        "description": cut(said.get("modelspec.description", ""), TOLD),
         "sd version": web_version(sheet(pack.tensors, said)),
         "activation text": pack.trigger,
         "preferred weight": pack.recommended_scale,
         "negative text": "",
-        "notes": said.get("modelspec.usage_hint", ""),
+        "notes": cut(said.get("modelspec.usage_hint", ""), TOLD),
     }
     return json.dumps(table, indent=1, ensure_ascii=False) + "\n"
 
@@ -63,13 +79,14 @@ def web_version(read: Sheet) -> str:
 
 def model_card(pack: file.Pack, pictures: Sequence[tuple[str, str]]) -> str:
     """`README.md` with the front matter that the hub reads; `pictures` are files and the prompts that they show."""
-    said, title = pack.metadata, pack.metadata.get("modelspec.title", pack.name)
+    said = {key: cut(value, TOLD) for key, value in pack.metadata.items() if key != WARNINGS}
+    title = said.get("modelspec.title", pack.name)
     body = [f"# {title}", ""]
     body += [said["modelspec.description"], ""] if "modelspec.description" in said else []
     body += ["<Gallery />", ""] if pictures else []
     body += ["## Use", "", f"Say `{pack.trigger}` in the prompt, at scale {pack.recommended_scale:g}.", ""]
     body += ["```python", *_example(pack), "```", ""]
-    for warning in json.loads(said.get(WARNINGS, "[]")):
+    for warning in warnings(pack.metadata):
         body += [f"**Beware:** {warning}.", ""]
     facts = {"Base": pack.base, "Author": said.get("modelspec.author"), "Pictures trained on": said.get("ss_num_train_images")}
     facts |= {"Steps": said.get("ss_steps"), "Rank": said.get("ss_network_dim"), "Hash (AutoV3)": said.get("sshs_model_hash", "")[:12]}
@@ -79,7 +96,8 @@ def model_card(pack: file.Pack, pictures: Sequence[tuple[str, str]]) -> str:
 
 def _front_matter(pack: file.Pack, pictures: Sequence[tuple[str, str]]) -> list[str]:
     """YAML, of which JSON's strings are a part."""
-    said, version = pack.metadata, sheet(pack.tensors, pack.metadata).version
+    said = {key: cut(value, TOLD) for key, value in pack.metadata.items()}
+    version = sheet(pack.tensors, pack.metadata).version
     models = ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"] if len(_encoders(version)) > 1 else ["stable-diffusion"]
     models += ["stable-diffusion-diffusers"] if len(models) == 1 else []
     own = [tag.strip() for tag in said.get("modelspec.tags", "").split(",") if tag.strip()]
@@ -121,4 +139,4 @@ def rows(table: Mapping[str, Any]) -> list[tuple[str, str]]:
             found += [(key, ", ".join(f"{one:g}" if isinstance(one, float) else str(one) for one in value))] if value else []
         elif value not in ("", 0) or key == "scale":
             found.append((key, f"{value:,}" if key == "bytes" else str(value)))
-    return [(name.replace("_", " "), text) for name, text in found]
+    return [(name.replace("_", " "), cut(text, SHOWN)) for name, text in found]

@@ -40,11 +40,11 @@ class Pack:
 
     @property
     def base(self) -> str:
-        return self.metadata.get("sdlora.base", "")
+        return self.metadata.get("sdlora.base", "")[: strict.MAX_WORDS]
 
     @property
     def trigger(self) -> str:
-        return self.metadata.get("modelspec.trigger_phrase", "")
+        return self.metadata.get("modelspec.trigger_phrase", "")[: strict.MAX_WORDS]
 
     @property
     def reading(self) -> TextReading | None:
@@ -52,7 +52,7 @@ class Pack:
         try:
             text = json.loads(self.metadata.get("sdlora.config", "{}"))["text"]
             said = TextReading(int(text["clip_skip"]), int(text["chunks"]))
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             return None
         return said if 1 <= said.clip_skip <= 32 and 1 <= said.chunks <= 4 else None
 
@@ -69,7 +69,7 @@ class Pack:
     def kind(self) -> ModuleType:
         """The adapter kind that the header names, or else that of the fewest leaves that has all those found."""
         if "sdlora.adapter" in self.metadata:
-            return lookup.find("adapters", self.metadata["sdlora.adapter"])
+            return lookup.find("adapters", self.metadata["sdlora.adapter"][: strict.MAX_WORDS])
         return reading.kind_of({leaf for leaves in keys.by_module(self.tensors).values() for leaf in leaves})
 
     @property
@@ -113,15 +113,33 @@ def written(
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], describe: Callable[[str], dict[str, str]]) -> None:
-    """Write a pack; `describe(SHA-256 of the tensor data)` gives its metadata. It is read back and compared before this returns."""
+    """Write a pack; `describe(SHA-256 of the tensor data)` gives its metadata. It is read back and compared before this returns.
+
+    Raises `UserError`, having written nothing, for what could not be read again.
+    """
     rest, field = words.held(tensors)
     ordered = {key: rest[key].contiguous() for key in sorted(rest)}
     described = describe(data_hash(safetensors.torch.save(ordered)))
     metadata = {key: value for key, value in described.items() if key != words.FIELD} | field
-    safeio.write(path, safetensors.torch.save(ordered, metadata))
+    safeio.write(path, _content(ordered, metadata, path))
     again = read(path)
     if again.metadata != metadata or any(not torch.equal(again.tensors[key], tensor.cpu()) for key, tensor in tensors.items()):
         raise UserError("E-DISK-03", "the pack does not read back as it was written", path, "the disk may be failing: write it elsewhere")
+
+
+def _content(tensors: Mapping[str, Tensor], metadata: dict[str, str], path: Path) -> bytes:
+    """The bytes of a pack's file, which this very program reads. Raises `UserError`."""
+    try:
+        strict.check_metadata(metadata)  # what is no text, safetensors cannot write
+        content: bytes = safetensors.torch.save(dict(tensors), metadata)
+        strict.read_header(content)
+    except strict.FormatError as error:
+        todo = "take that out of its header: sdlora pack edit PACK --set FIELD="
+        raise UserError("E-PACK-38", f"so written the pack could not be read again: {error}", path, todo) from None
+    if len(content) > MAX_BYTES:
+        what = f"the pack would be larger than the {MAX_BYTES >> 30} GiB that are read"
+        raise UserError("E-PACK-38", what, path, "choose a smaller rank, or fp16")
+    return content
 
 
 STALE = "its tensors are not those that its header was written for: another program changed them"
@@ -138,32 +156,46 @@ def load(path: Path) -> Pack:
     A pack of ours whose tensors are not those of its header is damaged. Other programs leave a header as it was when they change tensors:
     such a pack is taken, and `is_stale`.
     """
-    pack = read(path)
+    return judge(contents(path), path)[0]
+
+
+def judge(content: bytes, path: Path) -> tuple[Pack, dict[str, strict.Entry]]:
+    """The same of a file's content; with where each of its tensors lies."""
+    pack, entries = unpack(content, path)
     reading.check_numbers(pack.tensors)
     if pack.is_stale and "sdlora.base" in pack.metadata:
         said = next(pack.metadata[name] for name in HASHES if pack.metadata.get(name)).removeprefix("0x")
         what = f"its tensors are not those that its header was written for: their SHA-256 is {pack.sha256[:12]}, not {said[:12]}"
         raise UserError("E-PACK-30", what, path, "it was damaged or changed on its way: fetch it again from where it was published")
-    return pack
+    return pack, entries
 
 
 def read(path: Path) -> Pack:
-    """A file's tensors and header. The whole file is read once: a memory map would change under us when the file does."""
+    """A file's tensors and header."""
+    return unpack(contents(path), path)[0]
+
+
+def contents(path: Path) -> bytes:
+    """The whole file, read once: a memory map would change under us when the file does."""
     try:
         with path.open("rb") as opened:
             about = os.fstat(opened.fileno())
             if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_BYTES:
                 what = "larger than 4 GiB" if stat.S_ISREG(about.st_mode) else "no plain file"
                 raise UserError("E-PACK-01", f"not a pack: {what}", path, "name the .safetensors file of a LoRA")
-            content = opened.read(MAX_BYTES + 1)
+            return opened.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(
             "E-PACK-02", f"no pack can be read here: {error.strerror}", path, "name the .safetensors file that a run wrote"
         ) from None
-    _, metadata = strict.parse(content, path)
+
+
+def unpack(content: bytes, path: Path) -> tuple[Pack, dict[str, strict.Entry]]:
+    """A file's tensors and header, and where each of its tensors lies."""
+    entries, metadata = strict.parse(content, path)
     try:
         tensors = words.from_header(metadata, path) | safetensors.torch.load(content)
-        return Pack(path.stem, tensors, metadata, data_hash(content))
+        return Pack(path.stem, tensors, metadata, data_hash(content)), entries
     except (SafetensorError, ValueError) as error:
         raise strict.refused(str(error), path) from None
 
@@ -184,7 +216,7 @@ def attach(pack: Pack, name: str, bank: Bank, family: Family, partial: bool = Fa
 
 def converted(pack: Pack, bank: Bank, family: Family, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """A pack of any layout in another; the bank is left as it was. Raises `UserError` for what the base or the layout can't hold."""
-    attach(pack, name := f"{pack.name} ", bank, family)
+    attach(pack, name := f"{pack.name.replace('.', '-')} ", bank, family)  # modules have no points in their names
     try:
         return written(bank, name, family, [layout], dtype)[0][layout]
     finally:

@@ -12,14 +12,12 @@ import safetensors.torch
 from torch import Tensor
 
 from sdlora.errors import UserError
-from sdlora.packs import file
+from sdlora.packs import file, strict
 
 WINDOW = slice(0x100000, 0x110000)
 """The bytes of a file that the oldest hash is of; a small file has none there."""
 OWN = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", "sdlora.adapter")
 """Fields that follow from the tensors."""
-MAX_HEADER = 100_000_000
-"""Beyond it safetensors itself reads none."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +31,21 @@ class Raw:
 
 def read(path: Path) -> Raw:
     """A file in its parts. Raises `UserError` for what is no pack."""
-    file.load(path)  # says what is wrong
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    entries = json.loads(content[8 : 8 + length])
-    return Raw(entries, entries.pop("__metadata__", {}), content[8 + length :])
+    content = file.contents(path)
+    pack, entries = file.judge(content, path)
+    described = {key: {"dtype": one.dtype, "shape": one.shape, "data_offsets": (one.begin, one.end)} for key, one in entries.items()}
+    return Raw(described, pack.metadata, content[8 + int.from_bytes(content[:8], "little") :])
 
 
 def assembled(raw: Raw) -> bytes:
     """The file again: eight bytes of length, the header filled up to a multiple of eight, and the tensors' bytes as they were."""
-    text = json.dumps({"__metadata__": raw.metadata, **raw.entries}, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text = _text(raw)
     return len(text).to_bytes(8, "little") + text + raw.data
+
+
+def _text(raw: Raw) -> bytes:
+    text = json.dumps({"__metadata__": raw.metadata, **raw.entries}, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)
 
 
 def edited(raw: Raw, changes: Mapping[str, str]) -> Raw:
@@ -55,12 +56,17 @@ def edited(raw: Raw, changes: Mapping[str, str]) -> Raw:
         if not re.fullmatch(r"[a-z]\w*(\.\w+)?", key):
             what = f'"{key}" is no name of a field'
             raise UserError("E-PACK-10", what, "--set", "write for example --set modelspec.title=Mira")
-    metadata = {key: value for key, value in {**raw.metadata, **changes}.items() if value}
+    metadata = {key: value for key, value in {**raw.metadata, **changes}.items() if value or key not in changes}
+    try:
+        strict.check_metadata(metadata)
+    except strict.FormatError as error:
+        raise UserError("E-PACK-10", f"so written the pack could not be read again: {error}", "--set", "choose another text") from None
     if "sshs_legacy_hash" in metadata:
         metadata["sshs_legacy_hash"] = legacy_hash(safetensors.torch.load(assembled(raw)), metadata)
-    if sum(map(len, metadata.values())) > MAX_HEADER // 2:
-        raise UserError("E-PACK-10", "this header would be larger than programs read", "--set", "choose a smaller picture or text")
-    return Raw(raw.entries, metadata, raw.data)
+    changed = Raw(raw.entries, metadata, raw.data)
+    if len(_text(changed)) > strict.MAX_HEADER:
+        raise UserError("E-PACK-10", "this header would be longer than programs read", "--set", "choose a smaller picture or text")
+    return changed
 
 
 def hashes(content: bytes, metadata: Mapping[str, str]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What a pack says about itself: the fields that programs read (`ss_*`, `modelspec.*`, `sshs_*`), typed as they read them, and ours.
 
-How much of that tells about the pictures is settled by `pack.privacy`.
+How much of that tells about the pictures is settled by `pack.privacy`. How long a field may be is settled here, and much shorter than what
+is read of others: a header is read by whoever lists packs, and lies in front of every pack.
 """
 
 import base64
@@ -20,12 +21,30 @@ from sdlora import lookup
 from sdlora.config import Run
 from sdlora.family import Family
 from sdlora.optimizer import Optimizing
+from sdlora.packs import strict
 from sdlora.packs.privacy import Secrets, scrubbed
 
 CLOCK = ("modelspec.date", "ss_training_started_at", "ss_training_finished_at")
 """The only fields that two equal runs may differ in."""
 ELSEWHERE = ("kind", "rank", "alpha")
 """Settings of an adapter that have fields of their own."""
+MAX_FIELD = 2**18
+"""Bytes of a field of a header that is made here. A tag of 12 letters takes 22 with its count, so that some 12,000 are named: all of most
+sets, where programs show the first dozens. With all else that a pack says its header stays below 1 MB."""
+GIVEN = {
+    "ss_output_name": "name",
+    "modelspec.title": "pack.title",
+    "modelspec.author": "pack.author",
+    "modelspec.description": "pack.description",
+    "modelspec.license": "pack.license",
+    "modelspec.tags": "pack.tags",
+    "modelspec.trigger_phrase": "trigger",
+    "modelspec.usage_hint": "trigger",
+    "trained_words": "trigger",
+    "ss_dataset_dirs": "pack.privacy",
+    "ss_network_args": "adapter",
+}
+"""Fields that the user has a say in, and the setting of each."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +71,28 @@ def describe(run: Run, family: Family, facts: Facts, sha256: str) -> dict[str, s
 def of_base(family: Family) -> dict[str, str]:
     """What a pack says of its base."""
     base, weights = family.base, family.base.fingerprint("unet")
+    fields = {**names_of_base(family), "sdlora.base_unet_sha256": weights}
+    if base.vae:
+        fields["sdlora.vae_sha256"] = base.fingerprint("vae")
+    if base.source.path.is_file():
+        fields["ss_new_sd_model_hash"] = weights
+    return fields
+
+
+def names_of_base(family: Family) -> dict[str, str]:
+    """The same without what its weights must be read for."""
+    base = family.base
     fields = {
         **family.architecture(),
         "ss_sd_model_name": base.name,
         "sdlora.base": base.name,
-        "sdlora.base_unet_sha256": weights,
         "sdlora.prediction": base.prediction,
         "sdlora.zero_terminal_snr": str(float(family.alphas_cumprod[-1]) < 1e-6),
     }
     if base.revision:
         fields["sdlora.base_revision"] = base.revision
     if base.vae:
-        fields |= {"ss_vae_name": base.vae, "sdlora.vae": base.vae, "sdlora.vae_sha256": base.fingerprint("vae")}
-    if base.source.path.is_file():
-        fields["ss_new_sd_model_hash"] = weights
+        fields |= {"ss_vae_name": base.vae, "sdlora.vae": base.vae}
     return fields
 
 
@@ -82,10 +109,10 @@ def of_run(run: Run, base: str, facts: Facts, sha256: str = "") -> dict[str, str
         "sdlora.adapter": run.adapter.model_dump()["kind"],
         "sdlora.recommended_scale": _scale(run, facts),
         "sdlora.privacy": run.pack.privacy,
-        "sdlora.config": json.dumps(public(run, base, facts.hidden)),
+        "sdlora.config": as_json(public(run, base, facts.hidden)),
     }
     if facts.warnings:
-        fields["sdlora.warnings"] = json.dumps(list(facts.warnings))
+        fields["sdlora.warnings"] = as_json(list(facts.warnings))
     return {key: str(value) for key, value in fields.items()}
 
 
@@ -126,7 +153,7 @@ def _network(run: Run) -> dict[str, Any]:
         "ss_network_module": lookup.find("adapters", adapter["kind"]).Adapter.network,
         "ss_network_dim": adapter.get("rank"),
         "ss_network_alpha": adapter.get("alpha"),
-        "ss_network_args": json.dumps({"algo": adapter["kind"], **{key: adapter[key] for key in adapter if key not in ELSEWHERE}}),
+        "ss_network_args": as_json({"algo": adapter["kind"], **{key: adapter[key] for key in adapter if key not in ELSEWHERE}}),
     }
 
 
@@ -169,9 +196,6 @@ def _pictures(run: Run, facts: Facts) -> dict[str, Any]:
     """What is said of the pictures. Readers want objects in these fields, and whole numbers: `{folder: {tag: count}}`."""
     side, hidden = run.data.resolution_px, facts.hidden
     folders = hidden.pictures or {run.name: facts.pictures}
-    merged: dict[str, Counter[str]] = {}
-    for folder, tags in hidden.tags.items():
-        merged.setdefault(folder if run.pack.privacy == "full" else run.name, Counter()).update(tags)
     if run.pack.privacy != "full":
         folders = {run.name: sum(folders.values())}
     fields = {
@@ -179,12 +203,59 @@ def _pictures(run: Run, facts: Facts) -> dict[str, Any]:
         "ss_num_train_images": facts.pictures - facts.regularisation,
         "ss_num_reg_images": facts.regularisation,
         "ss_enable_bucket": True,
-        "ss_bucket_info": json.dumps({"buckets": _buckets(facts.buckets)}),
-        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": 1, "img_count": count} for folder, count in sorted(folders.items())}),
+        "ss_bucket_info": as_json({"buckets": _buckets(facts.buckets)}),
+        "ss_dataset_dirs": as_json({folder: {"n_repeats": 1, "img_count": count} for folder, count in sorted(folders.items())}),
     }
-    if run.pack.privacy != "public" and merged:
-        fields["ss_tag_frequency"] = json.dumps({folder: dict(sorted(tags.items())) for folder, tags in sorted(merged.items())})
+    if tags := named_tags(run, hidden):
+        fields["ss_tag_frequency"] = as_json(tags)
     return fields
+
+
+def named_tags(run: Run, hidden: Secrets) -> dict[str, dict[str, int]]:
+    """Tags with their frequency, by the folder that is named, as far as the pack's privacy and the length of a field let them be told."""
+    return {} if run.pack.privacy == "public" else most_frequent(_all_tags(run, hidden), MAX_FIELD)
+
+
+def tags_left_out(run: Run, hidden: Secrets) -> str:
+    """How many of the tags a pack names, in a line; "" where it names all of those that it may."""
+    counted = [sum(map(len, tags.values())) for tags in (named_tags(run, hidden), _all_tags(run, hidden))]
+    if run.pack.privacy == "public" or counted[0] == counted[1]:
+        return ""
+    room = f"ss_tag_frequency has room for {MAX_FIELD >> 10} KiB"
+    return f"the pack names {counted[0]:,} of {counted[1]:,} tags of the captions, the most frequent: {room}"
+
+
+def _all_tags(run: Run, hidden: Secrets) -> dict[str, Counter[str]]:
+    found: dict[str, Counter[str]] = {}
+    for folder, tags in hidden.tags.items():
+        found.setdefault(folder if run.pack.privacy == "full" else run.name, Counter()).update(tags)
+    return found
+
+
+def most_frequent(tags: Mapping[str, Mapping[str, int]], room: int) -> dict[str, dict[str, int]]:
+    """The most frequent of them that a field of so many bytes has room for; one that is too long for what is left is passed over."""
+    every = sorted((-count, folder, tag) for folder, inside in tags.items() for tag, count in inside.items())
+    found: dict[str, dict[str, int]] = {}
+    left = room - len("{}")
+    for less, folder, tag in every:
+        if len(tag) > left:  # it takes at least a byte a character
+            continue
+        cost = strict.size_of(as_json(tag)) + len(f": {-less}, ")
+        cost += 0 if folder in found else strict.size_of(as_json(folder)) + len(": {}, ")
+        if cost <= left:
+            left -= cost
+            found.setdefault(folder, {})[tag] = -less
+    return {folder: dict(sorted(inside.items())) for folder, inside in sorted(found.items())}
+
+
+def too_long(fields: Mapping[str, str]) -> list[str]:
+    """The fields that are longer than they may be in a pack that is made here."""
+    return [key for key, value in fields.items() if strict.size_of(value) > MAX_FIELD]
+
+
+def as_json(value: Any) -> str:
+    """JSON in which no HTML can begin, as pages show it: programs that read it find what was meant."""
+    return json.dumps(value).replace("<", "\\u003c")
 
 
 def public(run: Run, base: str, hidden: Secrets | None = None) -> dict[str, Any]:

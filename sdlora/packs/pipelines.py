@@ -124,7 +124,7 @@ class Pack(file.Pack):
     def apply(self, pipeline: Any, scale: float | None = None) -> Applied:
         """Put it on a pipeline, at its recommended scale unless one is given. Raises `UserError`, nothing changed, if it is unfit."""
         host = host_of(pipeline)
-        name = self.name
+        name = self.name.replace(".", "-")  # modules have no points in their names
         while name in host.strengths:
             name += "+"
         file.attach(self, name, host.bank, cast("Family", host))

@@ -43,7 +43,7 @@ def from_header(metadata: Mapping[str, str], path: Path) -> Tensors:
     try:
         content = base64.b64decode(metadata.get(FIELD, ""), validate=True)
         if content:
-            strict.parse(content, path)
+            strict.parse(content, f"{path}, in its field {FIELD}")
             return apart(safetensors.torch.load(content))[1]
     except (binascii.Error, ValueError, SafetensorError) as error:
         raise strict.refused(f"{FIELD}: {error}", path) from None
