@@ -64,7 +64,7 @@ class Member:
                 self._tell(event)
                 yield event
         except UserError as error:
-            self.error = error
+            self.error = error.with_traceback(None)  # which holds this member
             if self.course:
                 self.course.learner.left = True
             failed = Event("failed", str(error))
