@@ -66,10 +66,10 @@ class Counted(TorchDispatchMode):
         return out
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        bare, storage = tensor.detach(), tensor.untyped_storage()  # a result that its own step keeps would hold itself
         self._kept[storage._cdata] = storage.nbytes()
-        self._held.append(tensor)
-        return tensor
+        self._held.append(bare)
+        return bare
 
 
 def views(args: Any, out: Any) -> bool:

@@ -90,7 +90,7 @@ class Delta(nn.Module):
         """`change` in training, where a kind may leave parts of itself out, by random numbers that each sample's key (B,) settles."""
         return self.change(layer, x, y)
 
-    def at_once(self, layer: nn.Module, x: Tensor, slot: int, bank: "Bank") -> Tensor | None:
+    def at_once(self, layer: nn.Module, x: Tensor, slot: int, routing: "Routing") -> Tensor | None:
         """The layer's output with the change of this adapter alone, where both can be had in fewer operations together; else None."""
         return None
 
@@ -189,14 +189,24 @@ def wide(strength: Tensor, like: Tensor) -> Tensor:
     return strength.to(like).view(-1, *[1] * (like.ndim - 1))
 
 
+@dataclass
+class Routing:
+    """What a bank and its sites share. It holds no site, so that no base holds itself: its memory is free when nobody holds it."""
+
+    adapters: list[str] = field(default_factory=list)  # the slot of an adapter is its place in this list
+    route: Route | None = None
+    groups: list[list[tuple[nn.Module, nn.ModuleDict]]] = field(default_factory=list)
+    """Adapted layers with no layers inside, and the deltas on each, by adapter name; those that read the same, together."""
+
+
 class Site(nn.Module):
     """A frozen layer with the deltas that sit on it; without a route it is the layer, bit for bit."""
 
-    def __init__(self, layer: nn.Module, bank: "Bank") -> None:
+    def __init__(self, layer: nn.Module, routing: Routing) -> None:
         super().__init__()
         self.layer = layer
         self.deltas = nn.ModuleDict()  # by adapter name
-        self._bank = [bank]  # in a list, so that it is no submodule
+        self._routing = routing
 
     @property
     def weight(self) -> Any:
@@ -208,11 +218,11 @@ class Site(nn.Module):
 
     def forward(self, x: Tensor, *rest: Any, **named: Any) -> Tensor:
         """`x` (B, ...) is what the layer works on; what else it is given (the text, to an attention) is no adapter's concern."""
-        bank = self._bank[0]
-        acting = list(self._acting(bank))
+        routing = self._routing
+        acting = list(self._acting(routing))
         if len(acting) == 1 and not rest and not named:
             ((slot, delta),) = acting
-            together = delta.at_once(self.layer, x, slot, bank)
+            together = delta.at_once(self.layer, x, slot, routing)
             if together is not None:
                 return together
         y: Tensor = self.layer(x, *rest, **named)
@@ -221,17 +231,17 @@ class Site(nn.Module):
             by_kind.setdefault(type(delta), []).append((slot, delta))
         out = y
         for kind, deltas in by_kind.items():
-            assert bank.route is not None
-            out = kind.mixed(deltas, self.layer, x, y, out, bank.route)
+            assert routing.route is not None
+            out = kind.mixed(deltas, self.layer, x, y, out, routing.route)
         return out
 
-    def _acting(self, bank: "Bank") -> Iterator[tuple[int, Delta]]:
+    def _acting(self, routing: Routing) -> Iterator[tuple[int, Delta]]:
         """(slot, delta) of those here that the bank's route lets act."""
-        if bank.route is None:
+        if routing.route is None:
             return
-        active = bank.route.active
-        for slot in range(len(bank.adapters)) if active is None else active:
-            name = bank.adapters[slot]
+        active = routing.route.active
+        for slot in range(len(routing.adapters)) if active is None else active:
+            name = routing.adapters[slot]
             if name in self.deltas:
                 delta = self.deltas[name]
                 assert isinstance(delta, Delta)
@@ -243,15 +253,23 @@ class Bank:
     """The adapters over one base. `layers` finds a frozen layer by its full dotted name, `unet.` or `text_encoder.` first."""
 
     components: Mapping[str, nn.Module]
-    adapters: list[str] = field(default_factory=list)  # the slot of an adapter is its place in this list
+    routing: Routing = field(default_factory=Routing)
     sites: dict[str, Site] = field(default_factory=dict)
-    route: Route | None = None
     before: dict[str, Tensor] = field(default_factory=dict)  # the base's weights that something was merged into, as they were
 
-    @cached_property
-    def readers(self) -> list[tuple[nn.Module, Sequence[str]]]:
-        """Of all components, layers that read the same, as `layers.readers` says."""
-        return [found for component in self.components.values() for found in readers(component)]
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters; the slot of each is its place."""
+        return self.routing.adapters
+
+    @property
+    def route(self) -> Route | None:
+        """Which adapters act now; None: the base alone."""
+        return self.routing.route
+
+    @route.setter
+    def route(self, route: Route | None) -> None:
+        self.routing.route = route
 
     def add(self, name: str, pieces: Mapping[str, Piece], rng: Any) -> None:
         """Put a new adapter on, a piece on each of the named layers; `rng(layer name)` gives the random stream of each."""
@@ -266,6 +284,7 @@ class Bank:
             first = firsts.setdefault(type(delta), delta)
             for leaf, parameter in list(first.named_parameters()) if delta.shared else []:
                 delta.register_parameter(leaf, parameter)
+        self._group()
 
     def remove(self, name: str) -> None:
         """Take an adapter off; layers that carry none any more are the base's own again."""
@@ -277,6 +296,7 @@ class Bank:
             if not site.deltas:
                 self._replace(dotted, site.layer)
                 del self.sites[dotted]
+        self._group()
 
     def eject(self) -> None:
         """Take every adapter off."""
@@ -343,9 +363,18 @@ class Bank:
                 layers[dotted].get_parameter("weight").copy_(weight)
         self.before.clear()
 
+    def _group(self) -> None:
+        """Let the sites know which of their layers read the same."""
+        alone = {site.layer: site.deltas for site in self.sites.values() if next(site.layer.children(), None) is None}
+        groups = []
+        for module, names in itertools.chain.from_iterable(map(readers, self.components.values())):
+            same = [layer for layer in (frozen(module.get_submodule(one)) for one in names) if layer in alone]
+            groups += [[(layer, alone.pop(layer)) for layer in same]] if same else []
+        self.routing.groups = [*groups, *([one] for one in alone.items())]
+
     def _adapt(self, dotted: str) -> Site:
         layer = getattr(self._parent(dotted), dotted.rpartition(".")[2])
-        site = Site(layer, self)
+        site = Site(layer, self.routing)
         self._replace(dotted, site)
         self.sites[dotted] = site
         return site
@@ -368,13 +397,12 @@ def frozen(module: nn.Module) -> nn.Module:
 
 def frozen_layers(components: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Every layer of a base by its full name, component first, whether or not adapters sit on it."""
-    found: dict[str, nn.Module] = {}
+    return {name: layer for component, module in components.items() for name, layer in _frozen_layers(component, module)}
 
-    def walk(name: str, module: nn.Module) -> None:
-        found[name] = frozen(module)
-        for child, inner in found[name].named_children():
-            walk(f"{name}.{child}", inner)
 
-    for component, module in components.items():
-        walk(component, module)
-    return found
+def _frozen_layers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A function of its own: one that called itself from within another would hold all layers until Python's collector ran."""
+    layer = frozen(module)
+    yield name, layer
+    for child, inner in layer.named_children():
+        yield from _frozen_layers(f"{name}.{child}", inner)

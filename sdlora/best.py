@@ -11,7 +11,7 @@ from sdlora import devices, eyes, family, judged, lock, pictures, safeio, state
 from sdlora.adapter import Bank
 from sdlora.config import Run
 from sdlora.data import cache, ledger, store
-from sdlora.errors import UserError
+from sdlora.errors import UserError, without_frames
 from sdlora.events import Event
 from sdlora.eyes import Eyes
 from sdlora.family import Base
@@ -25,6 +25,7 @@ from sdlora.studio import Studio
 AXES = {"drift": "drift", "following": "prompts followed"}
 
 
+@without_frames
 def find(settled: Run, base: Base, candidates: Mapping[int, Pack], asking: Asking, out: Path) -> Iterator[Event]:
     """Judge packs, given by the step that each was taken at; the last event is `done`, and its data the verdict's table."""
     with lock.held(out):

@@ -18,7 +18,7 @@ from sdlora import compiled, devices, estimate, family, graphs, job, learners, l
 from sdlora.adapter import Bank
 from sdlora.config import Run, flat
 from sdlora.data import ledger, store
-from sdlora.errors import UserError
+from sdlora.errors import UserError, without_frames
 from sdlora.events import Event, Log
 from sdlora.family import Base, Family
 from sdlora.graphs import Graphs
@@ -51,6 +51,7 @@ def run(settled: Run, base: Base, out: Path, stop: Stop | None = None) -> Iterat
         yield event
 
 
+@without_frames
 def train(runs: Runs, base: Base, stop: Stop | None = None, asked: Path | None = None) -> Told:
     """Train resolved runs over one base, each into its own folder. Files in `asked`, the folder of a cast, ask all of them to stop, save or
     show themselves. Where a launcher started several processes, all take part, and only the first tells and writes anything.

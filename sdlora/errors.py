@@ -1,5 +1,12 @@
 """The only exception that is shown without a traceback, and the exit codes of the program."""
 
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 BAD_INPUT, RESOURCES, NUMBERS, OUR_BUG = 2, 3, 4, 5
 
 
@@ -24,3 +31,22 @@ def check_path(path: object) -> None:
     """Raise `UserError` for a path that cannot be written down as text: a page, a settings file or a command line could not name it."""
     if writable(str(path)) != str(path):
         raise UserError("E-DISK-03", "this name is no UTF-8, and cannot be written down", path, "give it another name")
+
+
+def without_frames(events: Callable[P, Iterator[T]]) -> Callable[P, Iterator[T]]:
+    """A generator whose `UserError`s, interruptions, and what they came of, hold no function's variables: whoever keeps an error, as a
+    notebook does, would keep a base with it. (`traceback.clear_frames` leaves those of closures.)"""
+
+    @functools.wraps(events)
+    def told(*args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        callers = sys.exception()  # what the caller is handling is not ours to touch
+        try:
+            yield from events(*args, **kwargs)
+        except (UserError, KeyboardInterrupt) as error:
+            one: BaseException | None = error
+            while one is not None and one is not callers and one.__traceback__:
+                one.__traceback__ = None
+                one = one.__cause__ or one.__context__
+            raise error
+
+    return told

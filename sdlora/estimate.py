@@ -110,13 +110,14 @@ def _kept(family: Family, size: Size) -> Kept:
     kept, inputs, inside = dict[int, Tensor](), dict[int, Tensor](), list[set[int]]()
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in weights:
-            kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
+        bare = tensor.detach()  # a step of differentiation that keeps its own result, and that result, would hold one another for good
+        if bare.untyped_storage()._cdata not in weights:
+            kept[bare.untyped_storage()._cdata] = bare
+        return bare
 
     def block(function: Any, *given: Any) -> Any:
         before = set(kept)
-        inputs.update({one.untyped_storage()._cdata: one for one in given if isinstance(one, Tensor)})
+        inputs.update({one.untyped_storage()._cdata: one.detach() for one in given if isinstance(one, Tensor)})
         said = function(*given)
         inside.append(set(kept) - before - set(inputs))
         return said

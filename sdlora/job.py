@@ -66,7 +66,7 @@ class Member:
             for event in events:
                 yield from self._tell(event)
         except UserError as error:
-            self.error = error
+            self.error = error.with_traceback(None)  # which holds this member
             if self.course:
                 self.course.learner.left = True
             yield from self._tell(Event("failed", str(error)))

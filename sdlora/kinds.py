@@ -13,7 +13,7 @@ from PIL import Image
 from sdlora import devices, eyes, lookup, pictures, plan, safeio
 from sdlora.adapter import Bank
 from sdlora.config import Run, parse
-from sdlora.errors import UserError
+from sdlora.errors import UserError, without_frames
 from sdlora.events import Event
 from sdlora.judge import Asking, Judge, Judged, material
 from sdlora.learners import given, memory, pieces
@@ -50,6 +50,7 @@ class Cell:
         return self.kind if self.rank is None else f"{self.kind} {self.rank}"
 
 
+@without_frames
 def find(table: Mapping[str, Any], wanted: Wanted, asking: Asking, out: Path, source: object = "") -> Iterator[Event]:
     """Train and judge each cell that `out`/kind.json does not hold yet; the last event's data is the table of all.
 

@@ -18,7 +18,7 @@ from sdlora.adapter import Bank
 from sdlora.config import Run, parse
 from sdlora.data import cache, ledger, store
 from sdlora.defaults import ADAPTER_RATES
-from sdlora.errors import UserError
+from sdlora.errors import UserError, without_frames
 from sdlora.events import Event
 from sdlora.learners import Job, Latents, base_of, check_objective, check_optimizer, given, memory, new_learner, pieces
 from sdlora.plots import Curve, plot
@@ -150,6 +150,7 @@ def laid_over(settled: Run, tables: dict[str, dict[str, Any]]) -> Run:
 # ---------------------------------------------------------------- learning rate
 
 
+@without_frames
 def find_rate(settled: Run, out: Path, count: int, low: float, high: float) -> Iterator[Event]:
     """The learning rate by a range test (Smith 2017, section 3.3): it grows exponentially from `low` to `high` within one short run.
 
@@ -195,6 +196,7 @@ def proposed(points: Sequence[tuple[float, float]], base: float) -> float:
 # ---------------------------------------------------------------- dimension
 
 
+@without_frames
 def find_dimension(settled: Run, out: Path, count: int, ladders: dict[str, Sequence[int]], enough: float = 0.9) -> Iterator[Event]:
     """The smallest size on each ladder (a setting of the adapter's, its values rising) that reaches `enough` of the gain of all (Li et al.
     2018, section 2 with rank beside dimension). The last event's data holds the table and the picture."""

@@ -286,7 +286,7 @@ def test_packed_weights_are_as_small_as_was_counted_and_kept_alone_for_the_backw
     assert quantise.packed_bytes(layer.weight.shape, how) < {"8bit": 0.51, "nf4": 0.26}[how] * 2 * 512 * 256
     assert packed.whole().dtype == torch.bfloat16
     saved = list[int]()
-    with torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one.nbytes) or one, lambda one: one):
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one.nbytes) or one.detach(), lambda one: one):
         packed(torch.zeros(1, 512, dtype=torch.bfloat16, requires_grad=True))
         assert sum(saved) == 0
         layer(torch.zeros(1, 512, dtype=torch.bfloat16, requires_grad=True))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from sdlora.adapter import Bank, Delta, Route, frozen, wide
+from sdlora.adapter import Delta, Route, Routing, wide
 from sdlora.fused import is_plain, shadows
 from sdlora.layers import is_linear, weight_of
 from sdlora.lowrank import DOWN, UP, Factored, Factors, Init
@@ -70,15 +70,15 @@ class Adapter(Factors):
         changed = self._product(layer, x, self.down, self.up, kept)
         return changed if self.first is None else changed - self._product(layer, x, *self.first, kept)
 
-    def at_once(self, layer: nn.Module, x: Tensor, slot: int, bank: Bank) -> Tensor | None:
-        route = bank.route
+    def at_once(self, layer: nn.Module, x: Tensor, slot: int, routing: Routing) -> Tensor | None:
+        route = routing.route
         strength = route.alike(slot) if route and self._is_plain(layer) else None
         if route is None or strength is None:
             return None
         key = (slot, x.dtype, x.device, torch.is_grad_enabled())
         own = route.kept.get(key, {}).get(self)
         if own is None or not own.is_fresh:
-            groups = together(bank, bank.adapters[slot])
+            groups = together(routing, routing.adapters[slot])
             route.kept[key] = {one: made for made in shadows(groups, strength, x.dtype) for one in made.owners}
             own = route.kept[key][self]
         said: Tensor = own.of(layer, x)
@@ -143,14 +143,13 @@ class Adapter(Factors):
         return _batched(chosen, x, out, route.strength)
 
 
-def together(bank: Bank, name: str) -> list[list[tuple[nn.Module, Adapter]]]:
+def together(routing: Routing, name: str) -> list[list[tuple[nn.Module, Adapter]]]:
     """The layers of one adapter that are plain, and what sits on them; those that read the same, together."""
-    alone = {layer: one for _, layer, one in bank.deltas(name) if isinstance(one, Adapter) and one._is_plain(layer)}
     groups = []
-    for module, names in bank.readers:
-        same = [layer for layer in (frozen(module.get_submodule(one)) for one in names) if layer in alone]
-        groups += [[(layer, alone.pop(layer)) for layer in same]] if same else []
-    return [*groups, *([one] for one in alone.items())]
+    for group in routing.groups:
+        own = [(layer, deltas[name]) for layer, deltas in group if name in deltas]
+        groups.append([(layer, one) for layer, one in own if isinstance(one, Adapter) and one._is_plain(layer)])
+    return [group for group in groups if group]
 
 
 def _stacked(deltas: Sequence[tuple[int, Delta]], x: Tensor, out: Tensor, strength: Tensor) -> Tensor:
