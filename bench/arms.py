@@ -18,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdlora import lookup
-from sdlora.adapter import Bank, Route
+from sdlora.adapter import Bank
 from sdlora.fused import spare
 from sdlora.randomness import normal, stream
+from sdlora.routing import Route
 
 TYPES = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
          "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True,

@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from sdlora import lookup, quantise
-from sdlora.adapter import Bank, Route
+from sdlora.adapter import Bank
 from sdlora.devices import wait
 from sdlora.errors import UserError
 from sdlora.family import RECOMPUTED, Family
 from sdlora.fused import spare
 from sdlora.graphs import Graphs
 from sdlora.randomness import stream
+from sdlora.routing import Route
 
 SD2 = {"sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
 TRUE = {"1.5, 512 px": (arms.SD15, 512), "2.1, 768 px": (SD2, 768), "XL, 1024 px": (arms.SDXL, 1024)}

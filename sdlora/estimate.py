@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from sdlora import devices, quantise
-from sdlora.adapter import Bank, Piece, Route
+from sdlora.adapter import Bank, Piece
 from sdlora.config import Run
 from sdlora.data.buckets import Size
 from sdlora.data.store import Store
 from sdlora.family import Family
 from sdlora.randomness import stream
+from sdlora.routing import Route
 
 TRAINED_BYTES = 16
 """Of each number trained: itself, its gradient and AdamW's two moments, all float32."""

@@ -13,7 +13,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from sdlora.adapter import Bank, Route
+from sdlora.adapter import Bank
 from sdlora.config import Train
 from sdlora.data.ahead import Ahead
 from sdlora.data.batches import Batch, Prepared, grouped
@@ -24,6 +24,7 @@ from sdlora.graphs import Graphs, Inputs
 from sdlora.objective import Noise, Noised, Noising, miss
 from sdlora.optimizer import rest, set_rate
 from sdlora.processes import ALONE, Processes
+from sdlora.routing import Route
 from sdlora.schedule import rate
 
 

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 
 from sdlora import lookup
-from sdlora.adapter import Bank, Delta, Route
+from sdlora.adapter import Bank, Delta
 from sdlora.adapters import dora, lokr, lora, oft, subspace
 from sdlora.errors import UserError
 from sdlora.family import Family
 from sdlora.layers import choose_sites
 from sdlora.lowrank import Init
 from sdlora.optimizer import groups
+from sdlora.routing import Route
 from sdlora.settings import Settings
 
 KINDS = lookup.names("adapters")

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sdlora import api
-from sdlora.adapter import Bank, Route
+from sdlora.adapter import Bank
 from sdlora.adapters import lora
 from sdlora.compiled import compile_blocks
 from sdlora.errors import UserError
 from sdlora.fused import spare
+from sdlora.routing import Route
 
 
 class Network(nn.Module):

@@ -15,9 +15,10 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sdlora.adapter import Bank, Route
+from sdlora.adapter import Bank
 from sdlora.adapters import lora
 from sdlora.fused import Adapted, Gate, Gated, One, spare
+from sdlora.routing import Route
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 

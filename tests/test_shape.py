@@ -14,7 +14,7 @@ LAYERS = [
     "errors", "children", "streams",
     "errors", "lookup", "settings", "randomness", "safeio", "processes", "devices", "lock", "stop", "events", "laps", "hub",
     "defaults", "config",
-    "quantise", "layers", "adapter", "lowrank", "fused", "compiled", "graphs",
+    "quantise", "layers", "routing", "adapter", "lowrank", "fused", "compiled", "graphs",
     "source", "original", "ldm", "vae", "family", "latent_diffusion", "objective",
     "optimizer", "captioner",
     "families", "adapters", "objectives", "optimizers", "captioners",

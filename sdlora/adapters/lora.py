@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from sdlora.adapter import Delta, Route, Routing, wide
+from sdlora.adapter import Delta
 from sdlora.fused import is_plain, shadows
 from sdlora.layers import is_linear, weight_of
 from sdlora.lowrank import DOWN, UP, Factored, Factors, Init
 from sdlora.randomness import uniform
+from sdlora.routing import Route, Routing, wide
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
