@@ -234,7 +234,7 @@ def follow(settled: "Run", out: Path) -> None:
         say(f"stopped, and saved. Go on with: {again}")
         raise typer.Exit(128 + (stop.signum or signal.SIGINT))
     say(f"pack: {pack}")
-    if settled.preview.scales:
+    if (out / "strip.png").is_file():
         say(f"look: {out / 'strip.png'}")
     where = ["--base", settled.base] if Path(settled.base).exists() and not tiny else []
     words = [
