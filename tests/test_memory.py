@@ -208,7 +208,7 @@ def test_searches_leave_nothing(squares: Path, base: Path, tmp_path: Path) -> No
     run = small.settled(squares, base, train__steps=2, train__save_every=1, validation__share=0.4)
     table, out = run.model_dump(exclude_none=True), tmp_path / "run"
     all_of(api.train(run, out))
-    wanted = Wanted(["lora", "ia3"], [1], steps=2)
+    wanted = Wanted(["lora"], [1], steps=2)
 
     searches: dict[str, Do] = {
         "rate": lambda _: all_of(api.find_rate(run, tmp_path / "rate", 6, 1e-4, 1e-1)),
