@@ -44,7 +44,7 @@ from sdlora.data.captions import token_counter
 from sdlora.data.edits import Edit
 from sdlora.data.unzip import unzip as unpack
 from sdlora.data.walk import shown
-from sdlora.errors import UserError, check_path, writable
+from sdlora.errors import UserError, check_path, escape_surrogates
 from sdlora.events import Event
 from sdlora.generate import Recipe
 from sdlora.judge import Asking
@@ -126,6 +126,7 @@ __all__ = [
     "edit_pack",
     "enqueue",
     "enqueue_judging",
+    "escape_surrogates",
     "events",
     "extract_pack",
     "find_best",
@@ -179,7 +180,6 @@ __all__ = [
     "undo_captions",
     "unpack",
     "why",
-    "writable",
 ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from sdlora import safeio
-from sdlora.errors import UserError, writable
+from sdlora.errors import UserError, escape_surrogates
 from sdlora.stop import Stop
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class Log:
 
     def add(self, event: Event) -> dict[str, Any]:
         """Write an event; returns what the log holds of it."""
-        said: dict[str, Any] = _writable({k: v for k, v in dataclasses.asdict(event).items() if v not in ("", None, {})})
+        said: dict[str, Any] = _escape_surrogates({k: v for k, v in dataclasses.asdict(event).items() if v not in ("", None, {})})
         record: dict[str, Any] = {"time": round(time.time(), 3), **said}
         self.waiting.append(json.dumps(record))
         try:
@@ -50,13 +50,13 @@ class Log:
         return record
 
 
-def _writable(value: Any) -> Any:
+def _escape_surrogates(value: Any) -> Any:
     """The value with all its texts such as a reader of the log takes."""
     if isinstance(value, dict):
-        return {_writable(key): _writable(one) for key, one in value.items()}
+        return {_escape_surrogates(key): _escape_surrogates(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_writable(one) for one in value]
-    return writable(value) if isinstance(value, str) else value
+        return [_escape_surrogates(one) for one in value]
+    return escape_surrogates(value) if isinstance(value, str) else value
 
 
 def warn_on_failure(events: Iterable[Event], what: str, step: int = 0) -> Iterator[Event]:

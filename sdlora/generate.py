@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdlora.adapter import Bank
 from sdlora.devices import Portion, compute_in_portions
-from sdlora.errors import UserError, writable
+from sdlora.errors import UserError, escape_surrogates
 from sdlora.family import Family
 
 
@@ -28,7 +28,7 @@ class Recipe:
     text_scales: tuple[tuple[str, float], ...] = ()  # those whose scale in the text encoders is another than in the UNet
 
     def __post_init__(self) -> None:
-        if any(writable(text) != text for text in (self.prompt, self.negative)):
+        if any(escape_surrogates(text) != text for text in (self.prompt, self.negative)):
             raise UserError("E-GEN-08", "a prompt is no text: it is no UTF-8", "--prompt", "type it anew, in a terminal that sends UTF-8")
 
     def at(self, **changes: object) -> "Recipe":

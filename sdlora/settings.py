@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sdlora.errors import UserError, writable
+from sdlora.errors import UserError, escape_surrogates
 from sdlora.lookup import nearest
 
 
@@ -23,7 +23,7 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 def build(cls: type[AnySettings], table: dict[str, Any], source: object = "") -> AnySettings:
     """`cls` from a table. Raises one `UserError` that lists everything that is wrong with it."""
-    broken = [name for name, text in _texts(table) if writable(text) != text]
+    broken = [name for name, text in _texts(table) if escape_surrogates(text) != text]
     if broken:
         what = f"{', '.join(broken)}: no text, as it is no UTF-8; it could not be written down, and the run not be resumed"
         raise UserError("E-CONF-01", what, source, "give folders and files names in UTF-8")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sdlora import family, hub, safeio, settings
-from sdlora.errors import UserError, writable
+from sdlora.errors import UserError, escape_surrogates
 from sdlora.packs import bundle, card, file, header, metadata, outline, precision, privacy, readers, strict
 from sdlora.packs.bundle import Gallery
 from sdlora.packs.pipelines import Pack
@@ -71,7 +71,7 @@ def changes(assignments: list[str], trigger: str | None = None, scale: float | N
         if not equals:
             what = f'"{assignment}" is not of the form KEY=VALUE'
             raise UserError("E-PACK-10", what, "--set", "write for example --set modelspec.title=Mira")
-        if writable(assignment) != assignment:
+        if escape_surrogates(assignment) != assignment:
             raise UserError(
                 "E-PACK-10", f'"{assignment}" is no text, as it is no UTF-8', "--set", "type it anew, in a terminal that sends UTF-8"
             )

@@ -17,7 +17,7 @@ from PIL import Image
 from small import draw_folder
 
 from sdlora import api, children, cli, queue, record, safeio, settings, streams
-from sdlora.errors import UserError, writable
+from sdlora.errors import UserError, escape_surrogates
 from sdlora.events import Event, Log
 from sdlora.generate import Recipe
 from sdlora.terminal import console, progress, say, show
@@ -129,7 +129,7 @@ def test_a_log_holds_names_that_are_no_utf8_such_as_can_be_read(tmp_path: Path) 
     (tmp_path / "events.jsonl").write_text(json.dumps({"time": 1, "kind": "done", "text": ODD}) + "\n")
     assert record.events(tmp_path)[0] == []  # the control: so it was not read
     assert str(UserError("E-DATA-01", "no picture", ODD)).encode() == "E-DATA-01 · no picture · caf\\udce9".encode()
-    assert writable("猫 😀") == "猫 😀"
+    assert escape_surrogates("猫 😀") == "猫 😀"
 
 
 def test_what_no_file_can_hold_is_refused_before_anything_is_done(tmp_path: Path) -> None:

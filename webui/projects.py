@@ -38,7 +38,7 @@ class Project:
 
     @property
     def name(self) -> str:
-        return api.writable(self.folder.name)
+        return api.escape_surrogates(self.folder.name)
 
     @property
     def pictures(self) -> Path:
@@ -228,7 +228,7 @@ class Projects:
         raise UserError("E-UI-13", f'there is no run "{id}"', self.root, "choose another")
 
     def id_of(self, one: Record) -> str:
-        return api.writable(one.folder.relative_to(self.root).as_posix())
+        return api.escape_surrogates(one.folder.relative_to(self.root).as_posix())
 
     def busy(self) -> str:
         """What is at work on the device now, a run or a judging; nothing if nothing is."""

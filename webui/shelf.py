@@ -47,4 +47,4 @@ class Shelf:
                 path = Path(folder, name)
                 if path.suffix == ".safetensors" and not name.startswith(".") and path.is_file():
                     stat = path.stat()
-                    yield Found(api.writable(path.relative_to(self.root).as_posix()), path, (stat.st_mtime_ns, stat.st_size))
+                    yield Found(api.escape_surrogates(path.relative_to(self.root).as_posix()), path, (stat.st_mtime_ns, stat.st_size))

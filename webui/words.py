@@ -155,7 +155,7 @@ class Words:
         """Caption by place in the folder."""
         if not project.pictures.is_dir():
             return {}
-        return {api.writable(path.relative_to(project.pictures).as_posix()): text for path, text in api.captions(project.pictures)}
+        return {api.escape_surrogates(path.relative_to(project.pictures).as_posix()): text for path, text in api.captions(project.pictures)}
 
 
 def tags(captions: list[str]) -> str:
