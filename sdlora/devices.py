@@ -115,7 +115,7 @@ def compute_in_portions(compute: Callable[[Portion], T], rows: int, what: str, c
         clear_device_cache(garbage_collection=True)  # here the error is gone, and with it what its frames held
     tiles = ", not even with the autoencoder in tiles" if can_tile else ""
     todo = "close what else uses this memory, or choose a smaller size"
-    raise UserError("E-MEM-02", f"memory does not suffice for one {what}{tiles}: {reason}", "memory", todo, RESOURCES)
+    raise UserError("E-MEM-03", f"memory does not suffice for one {what}{tiles}: {reason}", "memory", todo, RESOURCES)
 
 
 def attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:

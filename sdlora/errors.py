@@ -30,7 +30,7 @@ class UserError(Exception):
 def check_path(path: object) -> None:
     """Raise `UserError` for a path that cannot be written down as text: a page, a settings file or a command line could not name it."""
     if escape_surrogates(str(path)) != str(path):
-        raise UserError("E-DISK-03", "this name is no UTF-8, and cannot be written down", path, "give it another name")
+        raise UserError("E-DISK-04", "this name is no UTF-8, and cannot be written down", path, "give it another name")
 
 
 def without_frames(events: Callable[P, Iterator[T]]) -> Callable[P, Iterator[T]]:

@@ -216,7 +216,7 @@ def _encoded(text: str, path: Path) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         what = f"it would hold {error.object[error.start : error.start + 1]!r}, half a letter that no text can hold; nothing was written"
-        raise UserError("E-DISK-03", what, path, "write text, and names of files, as UTF-8") from None
+        raise UserError("E-DISK-04", what, path, "write text, and names of files, as UTF-8") from None
 
 
 def _beside(path: Path) -> Path:

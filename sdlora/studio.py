@@ -47,7 +47,7 @@ class Studio:
             if not devices.is_out_of_memory(error):
                 raise
             what = f"memory does not suffice to load the base for pictures: {str(error).partition(chr(10))[0]}"
-            raise UserError("E-MEM-03", what, base.name, "close what else uses this memory", RESOURCES) from None
+            raise UserError("E-MEM-04", what, base.name, "close what else uses this memory", RESOURCES) from None
         return cls(loaded, Bank(loaded.components), {})
 
     def add(self, pack: file.Pack, partial: bool = False) -> str:

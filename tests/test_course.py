@@ -561,7 +561,7 @@ def test_when_not_one_sample_fits_the_run_says_so(squares: Path, base: Path, tmp
 def test_no_preview_is_worth_a_run(squares: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scarce(monkeypatch, 1)  # a preview takes two, one of them without the prompt
     seen = go(tmp_path / "run", small.settled(squares, base, preview__every=3))
-    assert {event.step for event in seen if event.kind == "warning" and "E-MEM-02" in event.text} == {0, 3, 6}
+    assert {event.step for event in seen if event.kind == "warning" and "E-MEM-03" in event.text} == {0, 3, 6}
     assert seen[-1].kind == "done"
 
 

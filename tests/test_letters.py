@@ -141,7 +141,7 @@ def test_what_no_file_can_hold_is_refused_before_anything_is_done(tmp_path: Path
             Recipe(**prompts)
     with pytest.raises(UserError, match="E-PACK-10"):
         api.header_changes([f"modelspec.title={ODD}"])
-    with pytest.raises(UserError, match="E-DISK-03"):
+    with pytest.raises(UserError, match="E-DISK-04"):
         safeio.write(tmp_path / "x.txt", ODD)
     assert list(tmp_path.iterdir()) == []
 
@@ -253,7 +253,7 @@ def test_the_page_lists_what_has_an_odd_name_and_says_why_it_cannot_be_taken(tmp
     calls.house = house
     assert ([one["id"] for one in calls.runs()], calls.packs()) == (["caf\\udce9"], ["caf\\udce9/x.safetensors"])
     for attempt in (lambda: house.projects.run("caf\\udce9"), lambda: house.easel.shelf.find("caf\\udce9/x.safetensors")):
-        with pytest.raises(UserError, match="E-DISK-03"):
+        with pytest.raises(UserError, match="E-DISK-04"):
             attempt()
     project.look()
     assert "caf\\udce9.png" in house.live.pictures("p")

@@ -126,7 +126,7 @@ def test_the_base_that_was_trained_on_is_gone_when_that_of_the_pictures_is_loade
     monkeypatch.setattr(cast.family, "load", load)
     monkeypatch.setattr(cast.Studio, "open", opened)
     with living.counted_references():
-        trained(0)
+        trained(0, preview__scales=[1.0])
     assert (len(loaded), living_then) == (2, [0])
 
 

@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_computed_again_by_halves_and_in_tiles_last() -> No
     assert tried == [Portion(6), Portion(3), Portion(2), Portion(1), Portion(1, tiled=True)]
     with pytest.raises(UserError) as raised:
         compute_in_portions(raising(FULL), 6, "picture", can_tile=True)
-    assert (raised.value.code, raised.value.exit_code) == ("E-MEM-02", RESOURCES)
+    assert (raised.value.code, raised.value.exit_code) == ("E-MEM-03", RESOURCES)
     tried.clear()
     with pytest.raises(UserError):
         compute_in_portions(fits, 2, "caption")
@@ -263,7 +263,7 @@ def test_the_autoencoder_takes_tiles_where_no_picture_fits(studio: Studio, monke
         most(patch, decoder, "forward", lambda _: False)
         with pytest.raises(UserError) as raised:
             studio.pixels([recipe])
-        assert raised.value.code == "E-MEM-02"
+        assert raised.value.code == "E-MEM-03"
     side = 64 // studio.family.latent_factor
     most(monkeypatch, decoder, "forward", lambda x: x.shape[-1] < side)
     most(monkeypatch, encoder, "forward", lambda x: x.shape[-1] < 64)
@@ -312,4 +312,4 @@ def test_a_base_that_does_not_fit_is_an_error_in_the_users_words(base: Path, mon
     monkeypatch.setattr(family, "load", raising(FULL))
     with pytest.raises(UserError) as raised:
         Studio.open(family.find(str(base)))
-    assert (raised.value.code, raised.value.exit_code) == ("E-MEM-03", RESOURCES)
+    assert (raised.value.code, raised.value.exit_code) == ("E-MEM-04", RESOURCES)
