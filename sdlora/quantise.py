@@ -7,6 +7,7 @@ int8: 8-bit integers with a scale for each output, whose products are computed i
 row by row (LLM.int8, Dettmers et al. 2022, section 2.1; here without its outliers), forward and backward.
 """
 
+import functools
 import importlib
 from typing import Any
 
@@ -118,14 +119,14 @@ class Int8(Quantised):
         """The product with x (..., in), of which the rounded rows (n, in) are at hand."""
         if not fits(rows[0], self.weight.t()):
             return super().times(x)
-        said = torch.mul(torch._int_mm(rows[0], self.weight.t()), rows[1])
+        said = torch.mul(multiply_integers(rows[0], self.weight.t()), rows[1])
         return torch.mul(said, self.scale, out=torch.empty_like(said, dtype=x.dtype)).view(*x.shape[:-1], self.out_features)
 
     def of_input(self, grad: Tensor) -> Tensor:
         rows, scale = rounded(grad.flatten(0, -2) * self.scale)
         if not fits(rows, self.weight):
             return super().of_input(grad)
-        said = torch._int_mm(rows, self.weight)
+        said = multiply_integers(rows, self.weight)
         return torch.mul(said, scale, out=torch.empty_like(said, dtype=grad.dtype)).view(*grad.shape[:-1], self.in_features)
 
 
@@ -138,6 +139,21 @@ def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
 def fits(left: Tensor, right: Tensor) -> bool:
     """Whether (n, k) and (k, m) can be multiplied as integers: CUDA's kernels take no fewer rows, and sides in eights."""
     return len(left) > 16 and left.shape[1] % 8 == 0 and right.shape[1] % 8 == 0
+
+
+def multiply_integers(left: Tensor, right: Tensor) -> Tensor:
+    """(n, k) @ (k, m) of int8: int32, or float32 where this processor's own product is wrong, which is exact below 2**24."""
+    if left.device.type == "cpu" and not adds_without_saturation():
+        return left.float() @ right.float()
+    return torch._int_mm(left, right)
+
+
+@functools.cache
+def adds_without_saturation() -> bool:
+    """Whether the processor's product of 8-bit integers is right. Without VNNI oneDNN adds pairs of products in 16 bits, which most do not
+    fit into; what it then says of large numbers is wrong by far."""
+    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.t()) == 64 * 127**2).all())
 
 
 class _Product(torch.autograd.Function):

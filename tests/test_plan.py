@@ -22,7 +22,7 @@ from sdlora.config import Train
 from sdlora.data import cache
 from sdlora.errors import RESOURCES, UserError
 from sdlora.family import RECOMPUTED, Family
-from sdlora.quantise import Int8, Quantised
+from sdlora.quantise import Int8, Quantised, multiply_integers
 
 CPU = torch.device("cpu")
 TARGETS = ["all-linear+conv", "text-encoder"]
@@ -213,6 +213,15 @@ def test_products_of_integers_are_what_their_rounding_says(bias: bool) -> None:
     assert 1e-3 < apart < 0.02, "near the layer in full, and not it"
     few = packed(x[:1])  # fewer rows than CUDA's kernels take are multiplied in the run's own precision
     torch.testing.assert_close(few, F.linear(x[:1], packed.whole(), layer.bias))
+
+
+@pytest.mark.parametrize("saturates", [True, False])
+def test_integers_are_multiplied_right_on_processors_that_saturate(saturates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if saturates:
+        monkeypatch.setattr(quantise, "adds_without_saturation", lambda: False)
+    left, right = torch.full((32, 64), 127, dtype=torch.int8), torch.full((64, 16), -127, dtype=torch.int8)
+    right[:, ::2] = 126
+    assert torch.equal(multiply_integers(left, right).long(), left.long() @ right.long())
 
 
 def test_adapters_on_integers_are_on_what_the_layers_say(loaded: Family) -> None:
