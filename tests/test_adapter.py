@@ -904,3 +904,30 @@ def test_a_target_that_matches_nothing_is_named_with_a_near_one(loaded: Family, 
     assert "all-linear" in str(caught.value)
     assert ("did you mean" in str(caught.value)) == bool(near)
     assert near in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv3"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_way_to_route_mixes_devices(kind: str, name: str) -> None:
+    """On torch's device without memory, which takes no tensor of the CPU beside its own, as CUDA does not."""
+    if kind in OTHERWISE and name == "conv3":
+        name = {"attention": "attention-biased", "embedding": "embedding-broad"}[OTHERWISE[kind]]
+    _, layer, x = kind_and_layer(kind, name)
+    shape = layer(x).shape
+    bank = banked(layer, [kind] * 3, (2, 3, 1))
+    bank.components["unet"].to("meta")
+    elsewhere = x.to("meta")
+    keys, device = torch.arange(4, device="meta"), torch.device("meta")
+    with pytest.raises(RuntimeError):  # the control
+        run(bank, elsewhere) + torch.ones(shape)
+    strengths: list[Any] = [{"a": 1.0}, {"a": 0.5, "c": -1.0}, {"a": torch.ones(4), "b": small.numbers((4,))}]
+    for strength in strengths:
+        bank.use(strength)
+        assert bank.route
+        assert bank.route.strength.device == device, "one copy, and not one for each layer"
+        assert run(bank, elsewhere).shape == shape
+    for strength in (torch.ones(1), small.numbers((4,))):
+        for slots in ([0, 0, 1, 1], [0, 1, 1, 2], [2, 2, 2, 2], [2, 0, 1, 0]):
+            for given in (None, keys):
+                bank.route = Route(strength, slots, keys=given)
+                assert run(bank, elsewhere).shape == shape
